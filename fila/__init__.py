@@ -1,0 +1,1 @@
+"""FILA: fine-grained vision-language models."""

@@ -1,0 +1,1 @@
+"""The CVFM operation: crop, resize, fuse."""
