@@ -1,0 +1,82 @@
+// Boxes to taps: which two cells of a map a sample reads along one axis, and with what weight.
+//
+// The definition, for a box [lo, hi) in cells (cell i spans [i, i + 1)) and sample i of size:
+//
+//     y(i) = clamp(lo + (i + 1/2) (hi - lo) / size - 1/2,  lo,  hi - 1)    boxes of one cell or more
+//     y(i) = (lo + hi - 1) / 2                                             smaller boxes
+//     y(i) clamped to [0, cells - 1];  taps floor(y) and min(floor(y) + 1, ceil(hi) - 1), each clamped to the map
+//
+// Positions are kept in the box's own frame, relative to floor(lo): far from the origin of a large map the spacing of
+// absolute fp32 coordinates is 20 times coarser than the weights need. One header for host and device, so that both
+// read the same cells. Whatever the box holds, NaN and infinities too, the taps lie on the map; a box that is not
+// finite gets a NaN weight, hence NaN samples.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FILA_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FILA_HOST_DEVICE inline
+#endif
+
+namespace fila {
+
+// Sample = (1 - weight) * map[first] + weight * map[second].
+template <typename Real>
+struct Tap {
+  int64_t first;
+  int64_t second;
+  Real weight;
+};
+
+template <typename Real>
+FILA_HOST_DEVICE Real clamp_real(Real value, Real low, Real high) {
+  return value < low ? low : (value > high ? high : value);
+}
+
+FILA_HOST_DEVICE int64_t clamp_cell(int64_t value, int64_t cells) {
+  return value < 0 ? 0 : (value > cells - 1 ? cells - 1 : value);
+}
+
+// The tap of sample `index` of `size` along an axis of `cells` >= 1 cells. Real is the type of the arithmetic: double
+// follows the definition to the last bit, float is what a GPU kernel wants.
+template <typename Real>
+FILA_HOST_DEVICE Tap<Real> box_tap(float box_low, float box_high, int64_t index, int64_t size, int64_t cells) {
+  const Real low = static_cast<Real>(box_low);
+  const Real high = static_cast<Real>(box_high);
+  const Real extent = high - low;
+  if (!std::isfinite(extent)) {
+    return {0, 0, static_cast<Real>(NAN)};
+  }
+
+  const Real origin = std::floor(low);
+  const Real start = low - origin;
+  Real position;
+  if (extent >= Real(1)) {
+    position = start + ((static_cast<Real>(index) + Real(0.5)) * extent / static_cast<Real>(size) - Real(0.5));
+    position = clamp_real(position, start, start + (extent - Real(1)));
+  } else {
+    position = start + (extent - Real(1)) / Real(2);
+  }
+
+  // A box may lie anywhere; beyond a map's reach on either side all positions read the border cell, and the integer
+  // arithmetic below stays far from overflow.
+  const Real reach = static_cast<Real>(int64_t(1) << 40);
+  const Real cell = std::floor(position);
+  const int64_t first =
+      static_cast<int64_t>(clamp_real(origin, -reach, reach)) + static_cast<int64_t>(clamp_real(cell, -reach, reach));
+  const int64_t last = static_cast<int64_t>(clamp_real(std::ceil(high), -reach, reach)) - 1;
+
+  if (first < 0 || first >= cells - 1) {
+    const int64_t border = clamp_cell(first, cells);
+    const int64_t next = border + 1 < last ? border + 1 : last;
+    return {border, clamp_cell(next, cells), Real(0)};
+  }
+  const int64_t next = first + 1 < last ? first + 1 : last;
+  return {first, clamp_cell(next, cells), position - cell};
+}
+
+}  // namespace fila

@@ -1,0 +1,11 @@
+// The native operators' schemas. Kernels register themselves beside their code, in cpu/ and (with a CUDA build) cuda/.
+//
+// Everything here stands on LibTorch's stable ABI: one binary serves every torch from TORCH_TARGET_VERSION on, whatever
+// C++ ABI that torch was built with. Schemas are fixed: an argument is never added to one, a new operator is.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fila, m) {
+  // features [B, h, w, C], boxes [T, 4] float32 y0 x0 y1 x1 in cells, image_index [T]  ->  [T, size, size, C]
+  m.def("crop_resize(Tensor features, Tensor boxes, Tensor image_index, int size) -> Tensor");
+}
