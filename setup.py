@@ -2,7 +2,7 @@
 
 FILA_KERNELS_BUILD_NATIVE:
     auto (default)  build where a compiler, CMake and torch are found; otherwise, or when the build fails, install
-                    without the native library, say so, and leave the reason where `python -m fila_kernels.info` reads it
+                    without the native library, say so, and leave the reason for `python -m fila_kernels.info`
     1               a library that cannot be built is an error
     0               do not try
 
@@ -59,6 +59,12 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
+def first_error(output: str) -> str:
+    """The first complaint of a build's output, on one line."""
+    start = output.lower().find("error")
+    return " ".join(output[max(start, 0) :].split())[:300]
+
+
 def compile_library(build_root: Path) -> Path:
     if sys.platform != "linux":
         raise CannotBuild(f"the native library is built on Linux only, this is {sys.platform}")
@@ -77,12 +83,12 @@ def compile_library(build_root: Path) -> Path:
     tools = " ".join([*configure, *(os.environ.get(key, "") for key in ("CXX", "CXXFLAGS", "LDFLAGS"))])
     folder = build_root / ("cmake-" + hashlib.sha256(tools.encode()).hexdigest()[:12])
     folder.mkdir(parents=True, exist_ok=True)
-    for command in ([*configure, "-B", str(folder)], [cmake, "--build", str(folder)]):
+    steps = {"configuring": [*configure, "-B", str(folder)], "compiling": [cmake, "--build", str(folder)]}
+    for step, command in steps.items():
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode != 0:
             print(done.stdout, file=sys.stderr)
-            errors = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
-            raise CannotBuild(f"`{' '.join(command)}` failed: {errors[0] if errors else 'see its output above'}")
+            raise CannotBuild(f"{step} csrc with CMake failed: {first_error(done.stdout)}")
     return folder / LIBRARY
 
 

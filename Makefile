@@ -1,0 +1,50 @@
+# One command each; every target that needs the environment makes it first.
+#
+#   PYTHON=python3.12   the interpreter that .venv is made with
+#   TORCH=auto|cpu|cuda the build of torch for a new .venv; auto looks for an NVIDIA driver
+#   ARGS="..."          further arguments of test, bench, demo and train-nano
+
+PYTHON ?= python3
+TORCH ?= auto
+ARGS ?=
+RUN := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint format bench train-nano clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv with everything pinned (a no-op when it is up to date)
+	@TORCH="$(TORCH)" $(PYTHON) tools/environment.py
+
+demo: setup ## answer questions about the pictures in examples/ with the shipped model
+	@$(RUN) examples/demo.py $(ARGS)
+
+test: setup ## run every test
+	$(RUN) -m pytest tests $(ARGS)
+
+test-fast: setup ## run the tests that take no more than some ten seconds each
+	$(RUN) -m pytest tests -m "not slow" $(ARGS)
+
+lint: setup ## formatting, lint and types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	.venv/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+format: setup ## rewrite sources in the project's format
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+	.venv/bin/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+
+bench: setup ## run the benchmarks of bench/
+	$(RUN) -m bench.run $(ARGS)
+
+train-nano: setup ## train fila-nano from nothing (hours on a CPU; resumes)
+	$(RUN) -m fila.training.run $(ARGS)
+
+clean: ## remove builds and caches (.venv stays)
+	rm -rf build dist *.egg-info fila_kernels/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f .venv/fila-setup.json
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

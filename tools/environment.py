@@ -1,0 +1,177 @@
+"""Makes or refreshes the project's virtual environment; `make setup` calls it. Standard library only.
+
+    TORCH=auto|cpu|cuda python3 tools/environment.py [FOLDER]
+
+FOLDER is `.venv` unless named. A torch that is already in it is kept, whatever it is; else TORCH picks the build, and
+`auto` takes CUDA where an NVIDIA driver is installed and CPU elsewhere. Versions come from constraints.txt. A second
+run with nothing changed does nothing.
+
+The syntax stays readable to old Pythons, so that they get as far as the message that they are too old.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = ROOT / "constraints.txt"
+OLDEST_PYTHON = (3, 11)
+# PyTorch's own index of CPU builds: on Linux the general registry's torch is the CUDA one, several gigabytes.
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+BUILD_TOOLS = ["setuptools", "wheel", "cmake", "ninja"]
+STAMP = "fila-setup.json"
+
+
+def normalize(name: str) -> str:
+    """A package's name in the one spelling that all registries accept."""
+    return name.strip().lower().replace("_", "-").replace(".", "-")
+
+
+def read_pins(text: str) -> dict[str, str]:
+    """Name and version of every `name==version` line."""
+    pins = {}
+    for line in text.splitlines():
+        requirement = line.split("#")[0].strip()
+        if "==" in requirement:
+            name, version = requirement.split("==")
+            pins[normalize(name)] = version.strip()
+    return pins
+
+
+def merge_pins(pins: dict[str, str], installed: dict[str, str]) -> dict[str, str]:
+    """The pins to install under, given what an environment holds.
+
+    The project's, unless the environment came with another torch: then whatever it holds stays as it is, since that
+    torch fits its own triton, numpy and setuptools and not ours.
+    """
+    torch = installed.get("torch")
+    if torch is None or torch.split("+")[0] == pins["torch"]:
+        return dict(pins)
+    return {name: installed.get(name, version) for name, version in pins.items()}
+
+
+def choose_build(setting: str, has_driver: bool) -> str:
+    """ "cpu" or "cuda" for a setting of auto, cpu or cuda."""
+    if setting not in ("auto", "cpu", "cuda"):
+        raise SystemExit(f"TORCH: expected auto, cpu or cuda, got {setting!r}")
+    if setting == "auto":
+        return "cuda" if has_driver else "cpu"
+    return setting
+
+
+def driver_present() -> bool:
+    return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
+
+
+def fingerprint() -> str:
+    """A digest of every file that what is installed depends on."""
+    files = [CONSTRAINTS, ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "CMakeLists.txt", Path(__file__)]
+    files += sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    digest = hashlib.sha256(f"{ROOT} {os.environ.get('FILA_KERNELS_BUILD_NATIVE', 'auto')}".encode())
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def say(message: str) -> None:
+    print(f"setup: {message}", flush=True)
+
+
+class Environment:
+    """A virtual environment in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+        self.stamp = folder / STAMP
+
+    def is_current(self) -> bool:
+        if not (self.stamp.exists() and self.python.exists()):
+            return False
+        return json.loads(self.stamp.read_text()).get("fingerprint") == fingerprint()
+
+    def create(self) -> None:
+        works = self.python.exists() and self._run("-m", "pip", "--version", quiet=True) == 0
+        if works:
+            return
+        say(f"making {self.folder} with Python {platform.python_version()}")
+        command = [sys.executable, "-m", "venv", "--clear", str(self.folder)]
+        if subprocess.run(command, check=False).returncode != 0:
+            raise SystemExit(f"setup: `{' '.join(command)}` failed (on Debian and Ubuntu: apt install python3-venv)")
+
+    def installed(self) -> dict[str, str]:
+        listing = subprocess.check_output([str(self.python), "-m", "pip", "list", "--format", "json"], text=True)
+        return {normalize(entry["name"]): entry["version"] for entry in json.loads(listing)}
+
+    def install_torch(self, version: str, build: str) -> None:
+        requirement = f"torch=={version}"
+        say(f"installing {requirement}, {build} build (the setting TORCH=auto|cpu|cuda chooses)")
+        if build == "cpu":
+            # Without its dependencies: they come with the next step from the usual index, under the pins.
+            options = ["--no-deps", "--index-url", CPU_INDEX, "--timeout", "20", "--retries", "2"]
+            if self._pip(*options, requirement) == 0:
+                return
+            say(f"{CPU_INDEX} did not give it; asking pip's configured indexes, whose build may be the large CUDA one")
+        if self._pip(requirement) != 0:
+            raise SystemExit(f"setup: pip could not install {requirement}; its message is above")
+
+    def install(self, pins: dict[str, str]) -> None:
+        constraints = self.folder / "fila-constraints.txt"
+        constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
+        say("installing the rest")
+        under = ["--constraint", str(constraints)]
+        tools_failed = self._pip(*under, *BUILD_TOOLS)
+        if tools_failed or self._pip(*under, "--no-build-isolation", "--editable", f"{ROOT}[dev]"):
+            raise SystemExit("setup: pip failed; its message is above")
+
+    def report(self) -> None:
+        self._run("-c", "import torch; print('setup: torch', torch.__version__)")
+        self._run("-c", "from fila_kernels import native; print('setup: native library', native.load()[1])")
+
+    def mark_current(self) -> None:
+        self.stamp.write_text(json.dumps({"fingerprint": fingerprint()}) + "\n")
+
+    def _pip(self, *arguments: str) -> int:
+        return self._run("-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check", *arguments)
+
+    def _run(self, *arguments: str, quiet: bool = False) -> int:
+        output = subprocess.DEVNULL if quiet else None
+        command = [str(self.python), *arguments]
+        return subprocess.run(command, check=False, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output).returncode
+
+
+def main() -> None:
+    if sys.version_info < OLDEST_PYTHON:
+        raise SystemExit(
+            f"setup: expected Python 3.11 or newer, got {platform.python_version()} at {sys.executable} "
+            "(make setup PYTHON=python3.12 names another)"
+        )
+    build = choose_build(os.environ.get("TORCH") or "auto", driver_present())
+    environment = Environment(ROOT / (sys.argv[1] if len(sys.argv) > 1 else ".venv"))
+    if environment.is_current():
+        return
+
+    started = time.monotonic()
+    environment.create()
+    pins = read_pins(CONSTRAINTS.read_text())
+    installed = environment.installed()
+    if "torch" in installed:
+        say(f"keeping torch {installed['torch']} (remove {environment.folder} to have another)")
+    else:
+        environment.install_torch(pins["torch"], build)
+    environment.install(merge_pins(pins, installed))
+    environment.report()
+    environment.mark_current()
+    say(f"done in {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
