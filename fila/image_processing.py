@@ -1,0 +1,254 @@
+"""Pictures to tensors: the ViT's views and the ConvNeXt's high-resolution raster, placed by `fila.geometry`.
+
+Source: FILA (arXiv 2412.08378), section 3; views, resampling and padding are LLaVA-NeXT's, and equal those of
+`transformers`' `LlavaNextImageProcessorPil`. That the raster is resized from the original picture, once, into the
+content rectangle times the scale is our choice: two fits drift apart by up to a canvas pixel.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.processing_utils import ImagesKwargs
+
+from fila.geometry import LLAVA_NEXT_CANVASES, Geometry, Layout, Rect
+from fila.images import MAX_IMAGE_SIDE, load_image
+
+# What transformers may ask of an image processor and this one always does.
+ALWAYS = {"do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": True}
+
+
+class FilaImageProcessorKwargs(ImagesKwargs, total=False):
+    """The fields of `FilaImageProcessor`, which documents them."""
+
+    tile_size: int
+    patch_size: int
+    high_res_stride: int
+    image_grid_pinpoints: list[list[int]]
+    high_res_rule: str
+    high_res_size: int
+    high_res_image_mean: list[float] | None
+    high_res_image_std: list[float] | None
+    do_high_res: bool
+    max_image_side: int
+
+
+class FilaImageProcessor(BaseImageProcessor):
+    """Cut pictures into the views of the ViT and draw the raster of the ConvNeXt.
+
+    Works on PIL and NumPy alone; torchvision is not needed.
+
+    Args:
+        tile_size: side of a tile and of the global view, canvas pixels.
+        patch_size: side of a ViT patch, canvas pixels.
+        high_res_stride: stride of the ConvNeXt's last stage, raster pixels.
+        image_grid_pinpoints: allowed canvases, [height, width] in canvas pixels; by default LLaVA-NeXT's five.
+        high_res_rule: "scaled", "fixed" or "direct", see `fila.geometry.Geometry`.
+        high_res_size: side of the raster of the rules "fixed" and "direct", raster pixels.
+        image_mean, image_std: of the views, per channel, for values in 0..1; by default CLIP's.
+        high_res_image_mean, high_res_image_std: of the raster; by default those of the views.
+        do_high_res: whether to draw the raster at all; a model without fusion does not read it.
+        resample: PIL's filter, 3 is bicubic.
+        max_image_side: largest height and width accepted, image pixels.
+
+    Raises:
+        ValueError: if the numbers do not fit together.
+
+    Example:
+        >>> processor = FilaImageProcessor()
+        >>> inputs = processor(Image.new("RGB", (640, 480)), return_tensors="pt")
+        >>> {name: tuple(value.shape) for name, value in inputs.items()}
+        {'pixel_values': (1, 5, 3, 336, 336), 'image_sizes': (1, 2), 'high_res_pixel_values': (1, 3, 1536, 1536)}
+    """
+
+    model_input_names = ["pixel_values", "high_res_pixel_values", "image_sizes"]  # noqa: RUF012 (a list upstream)
+    valid_kwargs = FilaImageProcessorKwargs
+    backend = "pil"
+
+    def __init__(
+        self,
+        tile_size: int = 336,
+        patch_size: int = 14,
+        high_res_stride: int = 32,
+        image_grid_pinpoints: Sequence[Sequence[int]] = LLAVA_NEXT_CANVASES,
+        high_res_rule: str = "scaled",
+        high_res_size: int = 768,
+        image_mean: Sequence[float] = OPENAI_CLIP_MEAN,
+        image_std: Sequence[float] = OPENAI_CLIP_STD,
+        high_res_image_mean: Sequence[float] | None = None,
+        high_res_image_std: Sequence[float] | None = None,
+        do_high_res: bool = True,
+        resample: int = Image.Resampling.BICUBIC,
+        max_image_side: int = MAX_IMAGE_SIDE,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.tile_size = tile_size
+        self.patch_size = patch_size
+        self.high_res_stride = high_res_stride
+        # Lists, as they come back from JSON, so that a reloaded processor equals the one saved.
+        self.image_grid_pinpoints = [list(canvas) for canvas in image_grid_pinpoints]
+        self.high_res_rule = high_res_rule
+        self.high_res_size = high_res_size
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.high_res_image_mean = list(high_res_image_mean or image_mean)
+        self.high_res_image_std = list(high_res_image_std or image_std)
+        self.do_high_res = do_high_res
+        self.resample = int(resample)
+        self.max_image_side = max_image_side
+        _ = self.geometry  # so that numbers that do not fit fail here and not at the first picture
+
+    @classmethod
+    def from_geometry(cls, geometry: Geometry, **kwargs: Any) -> "FilaImageProcessor":
+        """The processor that draws what `geometry` says; `kwargs` are the fields that geometry does not know."""
+        return cls(
+            tile_size=geometry.tile,
+            patch_size=geometry.patch,
+            high_res_stride=geometry.stride,
+            image_grid_pinpoints=geometry.canvases,
+            high_res_rule=geometry.rule,
+            high_res_size=geometry.fixed_size,
+            **kwargs,
+        )
+
+    @property
+    def geometry(self) -> Geometry:
+        """Canvas, tiles, raster and token count, as the model computes them too."""
+        return _geometry(
+            self.tile_size,
+            self.patch_size,
+            self.high_res_stride,
+            tuple((height, width) for height, width in self.image_grid_pinpoints),
+            self.high_res_rule,
+            self.high_res_size,
+        )
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Leave sources as they are: `preprocess` reads them, with every check of `fila.images`."""
+        return image_url_or_urls
+
+    def preprocess(
+        self,
+        images: Any,
+        *,
+        input_data_format: str | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Draw the views and rasters of one picture or of a nested or flat list of pictures.
+
+        Args:
+            images: anything `fila.images.load_image` reads, or lists of it; an array of four dimensions is a list too.
+            input_data_format: "channels_first" or "channels_last"; needed where arrays are given.
+            return_tensors: "pt" or "np"; NumPy arrays by default.
+            kwargs: accepted for the sake of transformers as long as they repeat what this processor does; the
+                geometry cannot be changed for one call, since the model and the token count would not know.
+
+        Returns:
+            `pixel_values` float32 [images, views, 3, tile, tile]: the global view, then the tiles row by row.
+            `image_sizes` int64 [images, 2]: height and width of each picture, after EXIF rotation.
+            `high_res_pixel_values` float32 [images, 3, height, width], unless `do_high_res` is off.
+            Images with fewer views or a smaller raster than others are filled up with zeros, for transport only.
+
+        Raises:
+            ImageError: if a picture cannot be used.
+            ValueError: if there is no picture, or a keyword asks for something else than this processor does.
+        """
+        self._refuse_overrides(kwargs)
+        sources = list(_flatten(images))
+        if not sources:
+            raise ValueError("expected at least one image, got none")
+        # One picture is decoded at a time: ten of the largest size would take 4 GB.
+        drawn = [
+            self._draw(load_image(s, input_data_format=input_data_format, max_side=self.max_image_side))
+            for s in sources
+        ]
+        sizes, views, rasters = zip(*drawn, strict=True)
+        data = {"pixel_values": _stack(views), "image_sizes": np.array(sizes, dtype=np.int64)}
+        if self.do_high_res:
+            data["high_res_pixel_values"] = _stack(rasters)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _refuse_overrides(self, kwargs: dict[str, Any]) -> None:
+        for name, value in kwargs.items():
+            own = ALWAYS.get(name, getattr(self, name, None))
+            if value is not None and value != own:
+                raise ValueError(
+                    f"{name} cannot be changed for one call: expected {own!r}, got {value!r}; set it on the processor"
+                )
+
+    def _draw(self, image: Image.Image) -> tuple[tuple[int, int], np.ndarray, np.ndarray | None]:
+        """Size, views [views, 3, tile, tile] and raster [3, height, width] of one RGB picture."""
+        layout = self.geometry.layout(image.height, image.width)
+        views = self._draw_views(image, layout)
+        return (image.height, image.width), views, self._draw_raster(image, layout) if self.do_high_res else None
+
+    def _draw_views(self, image: Image.Image, layout: Layout) -> np.ndarray:
+        side = self.tile_size
+        views = np.empty((layout.num_views, 3, side, side), np.float32)
+        whole = np.asarray(image.resize((side, side), self.resample))
+        _normalize(whole.transpose(2, 0, 1), self.image_mean, self.image_std, out=views[0])
+        if layout.rows:
+            canvas = _place(image, layout.canvas, layout.content, self.resample)
+            # [rows, y, columns, x, channel] -> [rows, columns, channel, y, x]: the tiles, row by row
+            tiles = canvas.reshape(layout.rows, side, layout.columns, side, 3).transpose(0, 2, 4, 1, 3)
+            out = views[1:].reshape(layout.rows, layout.columns, 3, side, side)
+            _normalize(tiles, self.image_mean, self.image_std, out=out)
+        return views
+
+    def _draw_raster(self, image: Image.Image, layout: Layout) -> np.ndarray:
+        raster = _place(image, layout.raster, layout.raster_content, self.resample)
+        out = np.empty((3, *layout.raster), np.float32)
+        return _normalize(raster.transpose(2, 0, 1), self.high_res_image_mean, self.high_res_image_std, out=out)
+
+
+@lru_cache(maxsize=64)
+def _geometry(tile: int, patch: int, stride: int, canvases: Any, rule: Any, fixed_size: int) -> Geometry:
+    return Geometry(tile, patch, stride, canvases, rule, fixed_size)
+
+
+def _flatten(images: Any) -> Iterator[Any]:
+    """The single pictures of a nested or flat list, in reading order."""
+    if images is None:
+        return
+    if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4):
+        for image in images:
+            yield from _flatten(image)
+    else:
+        yield images
+
+
+def _place(image: Image.Image, size: tuple[int, int], content: Rect, resample: int) -> np.ndarray:
+    """The picture resized once into the content rectangle; the rest is black, as LLaVA-NeXT pads before normalising."""
+    pixels = np.asarray(image.resize((int(content.width), int(content.height)), resample))
+    if pixels.shape[:2] == size:
+        return pixels
+    canvas = np.zeros((*size, pixels.shape[2]), np.uint8)
+    canvas[int(content.y0) : int(content.y1), int(content.x0) : int(content.x1)] = pixels
+    return canvas
+
+
+def _normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float], out: np.ndarray) -> np.ndarray:
+    """(pixels / 255 - mean) / std from uint8 [..., 3, y, x], in one pass over a float32 `out` and one in place."""
+    scale = (1 / (255 * np.asarray(std))).astype(np.float32)[:, None, None]
+    shift = (np.asarray(mean) / np.asarray(std)).astype(np.float32)[:, None, None]
+    np.multiply(pixels, scale, out=out, dtype=np.float32)
+    out -= shift
+    return out
+
+
+def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One array [n, ...] of arrays whose sizes may differ, each in the low corner, zeros elsewhere."""
+    shapes = {array.shape for array in arrays}
+    if len(shapes) == 1:
+        return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+    batch = np.zeros((len(arrays), *np.max(list(shapes), axis=0)), np.float32)
+    for row, array in zip(batch, arrays, strict=True):
+        row[tuple(slice(length) for length in array.shape)] = array
+    return batch
