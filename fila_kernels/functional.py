@@ -1,0 +1,220 @@
+"""The public functions: they validate once, pick the backend, and carry autograd outside the operators."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fila_kernels import dispatch, ops, planner, reference
+from fila_kernels.validation import check_crop_resize, check_cvfm
+
+_ops = getattr(torch.ops, ops.NAMESPACE)
+
+
+class _CropResize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, boxes: Tensor, image_index: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(boxes, image_index)
+        ctx.maps = features.shape[:3]
+        return _ops.crop_resize(features, boxes, image_index, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        boxes, image_index = ctx.saved_tensors
+        return _ops.crop_resize_backward(grad, boxes, image_index, *ctx.maps), None, None, None
+
+
+class _Cvfm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor,
+        fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, alpha: Tensor,
+        num_prefix_tokens: int, gate: str, plan: str, recompute: bool,
+    ) -> Tensor:  # fmt: skip
+        inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
+        needs = ctx.needs_input_grad
+        save_hidden = not recompute and any(needs[i] for i in (0, 1, 4, 5, 6))
+        save_branch = not recompute and gate == "product" and (save_hidden or needs[7] or needs[8])
+        # The scale gate finds alpha's gradient through the hidden activation.
+        save_hidden = save_hidden or (not recompute and gate == "scale" and needs[8])
+        out, hidden, branch = _ops.cvfm_forward(*inputs, num_prefix_tokens, gate, plan, save_hidden, save_branch)
+        ctx.save_for_backward(*inputs, hidden, branch)
+        ctx.settings = (num_prefix_tokens, gate, plan)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6, 7, 8)]
+        found = _ops.cvfm_backward(grad, *ctx.saved_tensors, *ctx.settings, needs)
+        tokens, features, *parameters = (g if n else None for g, n in zip(found, needs, strict=True))
+        return tokens, features, None, None, *parameters, None, None, None, None
+
+
+def crop_resize(
+    features: Tensor, boxes: Tensor, image_index: Tensor, size: int, *, backend: str | None = None
+) -> Tensor:
+    """Crop a box from each tile's feature map and resize it bilinearly, reading only the cells that count.
+
+    Args:
+        features: [B, h, w, C] channels-last maps; an NCHW tensor in `channels_last` memory, permuted, is read as it is.
+        boxes: [T, 4] float32 y0, x0, y1, x1 in cells, cell i spanning [i, i + 1); fractions allowed. No gradient.
+        image_index: [T] int32 or int64, the map each box is cut from.
+        size: samples per side of the result.
+        backend: "reference", "torch" or None for the default; see `fila_kernels.dispatch.resolve`.
+
+    Returns:
+        [T, size, size, C] in the dtype of `features`, a new contiguous tensor.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, and on CPU a non-finite or inverted box or an index out of range.
+        RuntimeError: a backend that was asked for cannot run.
+
+    On whole-cell boxes this equals, for each tile::
+
+        F.interpolate(maps[image_index[t], :, y0:y1, x0:x1][None], size=(size, size), mode="bilinear")
+
+    A box off the map reads the border cell. Differentiable once, by `features`; the backward pass is deterministic.
+    Source: the crop and resize of FILA (arXiv 2412.08378, section 3); half-pixel bilinear is our choice.
+
+    Example:
+        >>> maps = torch.arange(16.0).view(1, 4, 4, 1)
+        >>> boxes, image_index = torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.tensor([0])
+        >>> crop_resize(maps, boxes, image_index, 2).flatten().tolist()
+        [2.5, 4.5, 10.5, 12.5]
+    """
+    check_crop_resize(features, boxes, image_index, size)
+    name, _ = dispatch.resolve(backend)
+    if name == "reference":
+        return reference.crop_resize(features, boxes, image_index, size)
+    return _CropResize.apply(features, boxes, image_index, size)
+
+
+def cvfm(
+    tokens: Tensor,
+    features: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    alpha: Tensor,
+    *,
+    num_prefix_tokens: int = 1,
+    gate: str = "product",
+    plan: str | None = None,
+    backend: str | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """ConvNeXt-ViT deep fusion: add to each patch token what an MLP makes of it and its region of a feature map.
+
+    B images, T tiles, P prefix tokens, N = G * G patch tokens, D, C and H widths.
+
+    Args:
+        tokens: [T, P + N, D]; any stride, the last one 1. The first P tokens pass through.
+        features: [B, h, w, C] channels-last maps; a permuted NCHW tensor in `channels_last` memory is read as it is.
+        boxes: [T, 4] float32 y0, x0, y1, x1 in cells of the map, cell i spanning [i, i + 1). No gradient.
+        image_index: [T] int32 or int64, the image each tile came from, in any order.
+        fc1_weight, fc1_bias: [H, D + C] and [H]. fc2_weight, fc2_bias: [D, H] and [D].
+        alpha: [1], the gate. All float tensors but `boxes` share one dtype and device.
+        num_prefix_tokens: P.
+        gate: "product" for tanh(alpha * M), "scale" for tanh(alpha) * M.
+        plan: "sample_first", "project_first" or None to let the planner choose; see `explain`.
+        backend: "reference", "torch" or None for the default.
+        recompute: save nothing but the inputs for the backward pass and compute the MLP again there.
+
+    Returns:
+        [T, P + N, D], a new contiguous tensor in the dtype of `tokens`.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, and on CPU a non-finite or inverted box or an index out of range.
+        RuntimeError: a backend or plan that was asked for cannot run.
+
+    Equivalent to::
+
+        x = tokens[:, P:]
+        s = crop_resize(features, boxes, image_index, G).flatten(1, 2)
+        m = F.linear(F.gelu(F.linear(torch.cat([x, s], -1), fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+        out = torch.cat([tokens[:, :P], x + torch.tanh(alpha * m)], 1)
+
+    except that a gate of zero silences a non-finite m instead of making NaN: the result is then `tokens`, everything
+    inside the branch gets a gradient of zero, and alpha's gradient counts the finite entries of m. At other alpha an
+    infinite m has saturated the product gate and adds nothing to alpha's gradient; a NaN stays one.
+
+    Under autocast the float tensors are cast to the autocast dtype, as `F.linear` does, and so the result has it too.
+    Differentiable once, by all float tensors but `boxes`; the backward pass is deterministic and uses no atomics.
+    Source: FILA, arXiv 2412.08378, section 3; what the paper leaves open is listed in the project's docs.
+
+    Example:
+        >>> tokens, features = torch.randn(2, 1 + 16, 8), torch.randn(1, 12, 12, 6)
+        >>> boxes = torch.tensor([[0.0, 0.0, 6.0, 6.0], [0.5, 0.0, 11.5, 12.0]])
+        >>> image_index = torch.tensor([0, 0])
+        >>> mlp = torch.randn(10, 14), torch.randn(10), torch.randn(8, 10), torch.randn(8)
+        >>> out = cvfm(tokens, features, boxes, image_index, *mlp, torch.tensor([0.5]))
+        >>> out.shape
+        torch.Size([2, 17, 8])
+        >>> torch.equal(out[:, 0], tokens[:, 0])
+        True
+    """
+    if torch.is_autocast_enabled(tokens.device.type):
+        dtype = torch.get_autocast_dtype(tokens.device.type)
+        tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha = (
+            tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+            for tensor in (tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
+        )
+    inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
+    check_cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate, plan=plan)
+    name, _ = dispatch.resolve(backend, plan)
+    if name == "reference":
+        return reference.cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate)
+    if torch.is_grad_enabled():
+        return _Cvfm.apply(*inputs, num_prefix_tokens, gate, plan or "", recompute)
+    return _ops.cvfm_forward(*inputs, num_prefix_tokens, gate, plan or "", False, False)[0]
+
+
+def explain(
+    tokens: tuple[int, ...] | torch.Size,
+    features: tuple[int, ...] | torch.Size,
+    hidden_width: int | None = None,
+    *,
+    num_prefix_tokens: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    plan: str | None = None,
+    backend: str | None = None,
+) -> dict[str, dict[str, str]]:
+    """The plan and backend that `cvfm` would use for each direction, and why.
+
+    Args:
+        tokens: the shape [T, P + N, D]. features: the shape [B, h, w, C]. hidden_width: H, D if None.
+        num_prefix_tokens, plan, backend: as given to `cvfm`. dtype, device: of the tensors.
+
+    Returns:
+        {"backend" | "forward" | "weight_gradient" | "feature_gradient": {"choice": ..., "why": ...}}
+
+    Raises:
+        ValueError, RuntimeError: as `cvfm` does for a plan or backend that cannot be had.
+
+    Example:
+        >>> explain((5, 577, 1024), (1, 24, 24, 1536))["forward"]["choice"]
+        'project_first'
+        >>> explain((5, 577, 1024), (1, 384, 384, 192))["forward"]["choice"]
+        'sample_first'
+    """
+    tiles, length, width = tokens
+    images, height, map_width, channels = features
+    name, why = dispatch.resolve(backend, plan)
+    report = {"backend": {"choice": name, "why": why}}
+    directions = ("forward", "weight_gradient", "feature_gradient")
+    if name == "reference":
+        return report | {d: {"choice": "reference", "why": "the definition has no plans"} for d in directions}
+    shape = planner.Shape(
+        tiles, num_prefix_tokens, math.isqrt(length - num_prefix_tokens), width, hidden_width or width, channels,
+        images, height, map_width,
+    )  # fmt: skip
+    chosen = planner.choose(shape, dtype, torch.device(device), plan)
+    return report | {d: {"choice": getattr(chosen, d), "why": chosen.reasons[d]} for d in directions}

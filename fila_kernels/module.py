@@ -1,0 +1,98 @@
+"""`CVFM`: the operation with its parameters."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fila_kernels.functional import crop_resize, cvfm
+from fila_kernels.reference import gated
+from fila_kernels.validation import GATES
+
+
+class CVFM(nn.Module):
+    """ConvNeXt-ViT deep fusion module: ``X + tanh(alpha * MLP([X ; resize(crop(F))]))``, see `fila_kernels.cvfm`.
+
+    Args:
+        token_width: D. feature_width: C. hidden_width: H, D if None (the paper says "a small MLP"; D is our choice).
+        num_prefix_tokens: P class tokens that pass through.
+        gate: "product" (as the paper writes it) or "scale".
+        plan, backend, recompute: as in `fila_kernels.cvfm`.
+
+    State dict: ``fc1.weight [H, D + C]``, ``fc1.bias``, ``fc2.weight [D, H]``, ``fc2.bias``, ``alpha [1]``. `alpha`
+    starts at 0, so that a fresh module returns its tokens unchanged.
+
+    `fc1` and `fc2` may be replaced (LoRA, quantised or sharded layers): the module then calls them instead of reading
+    their weights, and says so in `fallback_reason`.
+
+    Raises:
+        ValueError: a width below 1, or an unknown gate.
+
+    Example:
+        >>> fuse = CVFM(token_width=8, feature_width=6)
+        >>> tokens, features = torch.randn(1, 1 + 16, 8), torch.randn(1, 6, 12, 12)
+        >>> boxes, image_index = torch.tensor([[0.0, 0.0, 12.0, 12.0]]), torch.tensor([0])
+        >>> out = fuse(tokens, features.permute(0, 2, 3, 1), boxes, image_index)
+        >>> torch.equal(out, tokens)
+        True
+    """
+
+    def __init__(
+        self,
+        token_width: int,
+        feature_width: int,
+        hidden_width: int | None = None,
+        *,
+        num_prefix_tokens: int = 1,
+        gate: str = "product",
+        plan: str | None = None,
+        backend: str | None = None,
+        recompute: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_width = token_width if hidden_width is None else hidden_width
+        for name, width in (("token", token_width), ("feature", feature_width), ("hidden", hidden_width)):
+            if width < 1:
+                raise ValueError(f"{name}_width: expected at least 1, got {width}")
+        if gate not in GATES:
+            raise ValueError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
+        self.num_prefix_tokens, self.gate = num_prefix_tokens, gate
+        self.plan, self.backend, self.recompute = plan, backend, recompute
+        self.fc1: nn.Module = nn.Linear(token_width + feature_width, hidden_width, device=device, dtype=dtype)
+        self.fc2: nn.Module = nn.Linear(hidden_width, token_width, device=device, dtype=dtype)
+        self.alpha = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    @property
+    def fallback_reason(self) -> str | None:
+        """Why the fused operation cannot be used, or None where it is."""
+        for name in ("fc1", "fc2"):
+            layer = getattr(self, name)
+            if type(layer) is not nn.Linear:
+                return f"{name} is a {type(layer).__name__}, whose weight cannot stand for what it computes"
+            if layer.bias is None:
+                return f"{name} has no bias"
+            if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+                return f"{name} has hooks, which only a call runs"
+        return None
+
+    def forward(self, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
+        """[T, P + N, D] tokens, [B, h, w, C] maps, [T, 4] boxes in cells, [T] image of each tile: the fused tokens."""
+        if self.fallback_reason is not None:
+            return self._forward_by_layers(tokens, features, boxes, image_index)
+        return cvfm(
+            tokens, features, boxes, image_index,
+            self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.alpha,
+            num_prefix_tokens=self.num_prefix_tokens, gate=self.gate,
+            plan=self.plan, backend=self.backend, recompute=self.recompute,
+        )  # fmt: skip
+
+    def _forward_by_layers(self, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
+        prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+        size = int(patches.shape[1] ** 0.5)
+        sampled = crop_resize(features, boxes, image_index, size, backend=self.backend).flatten(1, 2)
+        branch = self.fc2(F.gelu(self.fc1(torch.cat([patches, sampled], dim=-1))))
+        return torch.cat([prefix, patches + gated(branch, self.alpha, self.gate)], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"num_prefix_tokens={self.num_prefix_tokens}, gate={self.gate!r}"

@@ -1,0 +1,154 @@
+"""The registered operators of namespace `fila_kernels`: schema, implementation, fake, and the shapes they share.
+
+Arities are fixed. A tensor that was not asked for comes back empty, so that the number and shape of the results depend
+on the arguments alone and never on the plan, which is chosen inside from real sizes.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fila_kernels import planner
+from fila_kernels.backends import eager
+
+NAMESPACE = "fila_kernels"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+_INPUTS = (
+    "Tensor tokens, Tensor features, Tensor boxes, Tensor image_index, Tensor fc1_weight, Tensor fc1_bias, "
+    "Tensor fc2_weight, Tensor fc2_bias, Tensor alpha"
+)
+_SCHEMAS = {
+    "crop_resize": "(Tensor features, Tensor boxes, Tensor image_index, SymInt size) -> Tensor",
+    "crop_resize_backward": (
+        "(Tensor grad, Tensor boxes, Tensor image_index, SymInt images, SymInt height, SymInt width) -> Tensor"
+    ),
+    "cvfm_forward": (
+        f"({_INPUTS}, SymInt num_prefix_tokens, str gate, str plan, bool save_hidden, bool save_branch) "
+        "-> (Tensor out, Tensor hidden, Tensor branch)"
+    ),
+    "cvfm_backward": (
+        f"(Tensor grad, {_INPUTS}, Tensor hidden, Tensor branch, SymInt num_prefix_tokens, str gate, str plan, "
+        "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+def shape_of(tokens: Tensor, features: Tensor, fc1_weight: Tensor, num_prefix_tokens: int) -> planner.Shape:
+    """The sizes of a call whose arguments were validated."""
+    images, height, width, channels = features.shape
+    patches = tokens.shape[1] - num_prefix_tokens
+    return planner.Shape(
+        tiles=tokens.shape[0], prefix=num_prefix_tokens, grid=math.isqrt(patches), token_width=tokens.shape[2],
+        hidden_width=fc1_weight.shape[0], feature_width=channels, images=images, height=height, width=width,
+    )  # fmt: skip
+
+
+def _forward_results(tokens, fc1_weight, num_prefix_tokens, save_hidden, save_branch) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised results of `cvfm_forward`, real or fake."""
+    tiles, length, width = tokens.shape
+    rows = tiles * (length - num_prefix_tokens)
+    return (
+        torch.empty_like(tokens, memory_format=torch.contiguous_format),
+        tokens.new_empty((rows, fc1_weight.shape[0]) if save_hidden else (0,)),
+        tokens.new_empty((rows, width) if save_branch else (0,)),
+    )
+
+
+def _backward_results(inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    """Uninitialised results of `cvfm_backward`, real or fake."""
+    return [
+        torch.empty_like(like, memory_format=torch.contiguous_format) if need else like.new_empty((0,))
+        for like, need in zip(inputs, needs, strict=True)
+    ]
+
+
+def _no_autocast(device: torch.device):
+    """Operands were cast at the public edge; inside an op nothing is cast again."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _crop_resize(features, boxes, image_index, size):
+    if boxes.shape[0] == 0 or features.numel() == 0:
+        return _crop_resize_fake(features, boxes, image_index, size).zero_()
+    return eager.crop_resize(features, boxes, image_index, size)
+
+
+def _crop_resize_fake(features, boxes, image_index, size):
+    return features.new_empty((boxes.shape[0], size, size, features.shape[3]))
+
+
+def _crop_resize_backward(grad, boxes, image_index, images, height, width):
+    if grad.numel() == 0:
+        return grad.new_zeros((images, height, width, grad.shape[3]))
+    return eager.crop_resize_backward(grad, boxes, image_index, (images, height, width))
+
+
+def _crop_resize_backward_fake(grad, boxes, image_index, images, height, width):
+    return grad.new_empty((images, height, width, grad.shape[3]))
+
+
+def _cvfm_forward(
+    tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
+    num_prefix_tokens, gate, plan, save_hidden, save_branch,
+):  # fmt: skip
+    shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
+    hidden = tokens.new_empty((shape.samples, shape.hidden_width) if save_hidden else (0,))
+    branch = tokens.new_empty((shape.samples, shape.token_width) if save_branch else (0,))
+    if tokens.numel() == 0:
+        return torch.empty_like(tokens, memory_format=torch.contiguous_format), hidden, branch
+    with _no_autocast(tokens.device):
+        out = eager.forward(
+            tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
+            shape=shape, gate=gate, plan=planner.choose(shape, tokens.dtype, tokens.device, plan or None),
+            hidden=hidden if save_hidden else None, branch=branch if save_branch else None,
+        )  # fmt: skip
+    return out, hidden, branch
+
+
+def _cvfm_forward_fake(
+    tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
+    num_prefix_tokens, gate, plan, save_hidden, save_branch,
+):  # fmt: skip
+    return _forward_results(tokens, fc1_weight, num_prefix_tokens, save_hidden, save_branch)
+
+
+def _cvfm_backward(
+    grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha, hidden, branch,
+    num_prefix_tokens, gate, plan, needs,
+):  # fmt: skip
+    inputs = [tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha]
+    if tokens.numel() == 0:
+        return tuple(result.zero_() for result in _backward_results(inputs, needs))
+    shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
+    with _no_autocast(tokens.device):
+        results = eager.backward(
+            grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
+            hidden if hidden.dim() == 2 else None, branch if branch.dim() == 2 else None,
+            shape=shape, gate=gate, plan=planner.choose(shape, tokens.dtype, tokens.device, plan or None), needs=needs,
+        )  # fmt: skip
+    return tuple(
+        like.new_empty((0,)) if result is None else result for result, like in zip(results, inputs, strict=True)
+    )
+
+
+def _cvfm_backward_fake(
+    grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha, hidden, branch,
+    num_prefix_tokens, gate, plan, needs,
+):  # fmt: skip
+    inputs = [tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha]
+    return tuple(_backward_results(inputs, needs))
+
+
+_IMPLEMENTATIONS = {
+    "crop_resize": (_crop_resize, _crop_resize_fake),
+    "crop_resize_backward": (_crop_resize_backward, _crop_resize_backward_fake),
+    "cvfm_forward": (_cvfm_forward, _cvfm_forward_fake),
+    "cvfm_backward": (_cvfm_backward, _cvfm_backward_fake),
+}
+
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _IMPLEMENTATIONS[_name][0], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _IMPLEMENTATIONS[_name][1], lib=_LIBRARY)
