@@ -1,0 +1,55 @@
+"""What else can be asked about a page: more questions for training, beside the one the page was made for."""
+
+from random import Random
+
+from fila.fragments.blocks import LONGEST_ANSWER, Block
+from fila.fragments.questions import phrase
+
+
+def further_questions(blocks: list[Block], asked: tuple[str, str], rng: Random, most: int) -> list[tuple[str, str]]:
+    """Up to `most` further (question, answer) pairs, in random order.
+
+    Labels, shapes and words do not repeat on a page, so what names one of them is unambiguous. Whether a seam cuts these
+    answers is left to chance.
+
+    Args:
+        blocks: the page's blocks.
+        asked: the page's own question and answer, which is not asked twice.
+    """
+    found: list[tuple[str, str, str]] = []
+    for block in blocks:
+        if block.marks:
+            found += _around_shape(block)
+        elif block.ask is not None and block.ask.kind in ("field", "date"):
+            pairs = zip(block.runs[::2], block.runs[1::2], strict=True)
+            found += [("field", label.text.rstrip(":- "), value.text) for label, value in pairs]
+        else:
+            found += [turn for run in block.runs for turn in _along_line(run.text)]
+    found = [turn for turn in found if 0 < len(turn[2]) <= LONGEST_ANSWER and turn[2] != asked[1]]
+    rng.shuffle(found)
+    return [(phrase(rng, kind, subject), answer) for kind, subject, answer in found[:most]]
+
+
+def _around_shape(block: Block) -> list[tuple[str, str, str]]:
+    mark = block.marks[0]
+    turns = []
+    for run in block.runs:
+        middle = run.y - run.em * run.face.cap_height / 2
+        if abs(middle - mark.cy) < mark.r / 2:
+            side = "left" if run.x < mark.cx else "right"
+        else:
+            side = "above" if middle < mark.cy else "below"
+        turns.append((side, mark.shape, run.text))
+    return turns
+
+
+def _along_line(text: str) -> list[tuple[str, str, str]]:
+    """"gate B12 open" can be asked for as a whole by its first word, or for what follows a word."""
+    words = text.split(" ")
+    turns = [("line", words[0], text)] if len(words) > 1 and _names(words[0]) else []
+    return turns + [("after", words[i], " ".join(words[i + 1 :])) for i in range(len(words) - 1) if _names(words[i])]
+
+
+def _names(word: str) -> bool:
+    """Whether a word can stand for its place: long enough to be the only one of its kind on the page."""
+    return len(word) >= 3 and word.isalpha()
