@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fila_kernels import dispatch, ops, planner, reference
 from fila_kernels.validation import check_crop_resize, check_cvfm
@@ -13,18 +12,41 @@ from fila_kernels.validation import check_crop_resize, check_cvfm
 _ops = getattr(torch.ops, ops.NAMESPACE)
 
 
+class _Once(torch.autograd.Function):
+    """Passes gradients on as functions of what they were computed from, and refuses to differentiate them again."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "fila_kernels: double backward is not implemented; crop_resize and cvfm can be differentiated once. "
+            "backend='reference' is differentiable any number of times"
+        )
+
+
+def _once(gradients: tuple[Tensor, ...], sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Only create_graph=True leaves gradients on within a backward pass."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Once.apply(len(gradients), *gradients, *sources)
+    return gradients
+
+
 class _CropResize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, boxes: Tensor, image_index: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(boxes, image_index)
-        ctx.maps = features.shape[:3]
+        ctx.maps = tuple(features.shape[:3])
         return _ops.crop_resize(features, boxes, image_index, size)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         boxes, image_index = ctx.saved_tensors
-        return _ops.crop_resize_backward(grad, boxes, image_index, *ctx.maps), None, None, None
+        with torch.no_grad():
+            found = _ops.crop_resize_backward(grad, boxes, image_index, *ctx.maps)
+        return *_once((found,), (grad,)), None, None, None
 
 
 class _Cvfm(torch.autograd.Function):
@@ -46,10 +68,12 @@ class _Cvfm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6, 7, 8)]
-        found = _ops.cvfm_backward(grad, *ctx.saved_tensors, *ctx.settings, needs)
+        inputs = ctx.saved_tensors[:9]
+        with torch.no_grad():
+            found = _ops.cvfm_backward(grad, *ctx.saved_tensors, *ctx.settings, needs)
+        found = _once(found, (grad, *inputs))
         tokens, features, *parameters = (g if n else None for g, n in zip(found, needs, strict=True))
         return tokens, features, None, None, *parameters, None, None, None, None
 

@@ -39,6 +39,8 @@ def shape_of(tokens: Tensor, features: Tensor, fc1_weight: Tensor, num_prefix_to
     """The sizes of a call whose arguments were validated."""
     images, height, width, channels = features.shape
     patches = tokens.shape[1] - num_prefix_tokens
+    if math.isqrt(patches) ** 2 != patches:
+        raise ValueError(f"tokens: expected a square number of patch tokens, got {patches}")
     return planner.Shape(
         tiles=tokens.shape[0], prefix=num_prefix_tokens, grid=math.isqrt(patches), token_width=tokens.shape[2],
         hidden_width=fc1_weight.shape[0], feature_width=channels, images=images, height=height, width=width,
