@@ -23,7 +23,7 @@ from fila.images import MAX_IMAGE_SIDE, load_image
 ALWAYS = {"do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": True}
 
 
-class FilaImageProcessorKwargs(ImagesKwargs, total=False):
+class FilaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """The fields of `FilaImageProcessor`, which documents them."""
 
     tile_size: int
@@ -161,7 +161,7 @@ class FilaImageProcessor(BaseImageProcessor):
             ValueError: if there is no picture, or a keyword asks for something else than this processor does.
         """
         self._refuse_overrides(kwargs)
-        sources = list(_flatten(images))
+        sources = list(flatten_images(images))
         if not sources:
             raise ValueError("expected at least one image, got none")
         # One picture is decoded at a time: ten of the largest size would take 4 GB.
@@ -213,13 +213,13 @@ def _geometry(tile: int, patch: int, stride: int, canvases: Any, rule: Any, fixe
     return Geometry(tile, patch, stride, canvases, rule, fixed_size)
 
 
-def _flatten(images: Any) -> Iterator[Any]:
+def flatten_images(images: Any) -> Iterator[Any]:
     """The single pictures of a nested or flat list, in reading order."""
     if images is None:
         return
     if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4):
         for image in images:
-            yield from _flatten(image)
+            yield from flatten_images(image)
     else:
         yield images
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 # What a user may hand over as one picture.
 ImageSource = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray | torch.Tensor
@@ -164,7 +164,10 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
     try:
         # Asked first, since the transposition copies the picture even where there is nothing to do.
         upright = image.getexif().get(EXIF_ORIENTATION, 1) == 1
-        image = image if upright else ImageOps.exif_transpose(image)
+        if not upright:
+            image = ImageOps.exif_transpose(image)
+        elif isinstance(image, ImageFile.ImageFile):
+            image = image.copy()  # lets go of the file, and of the frames behind the first
     except Exception as error:
         warnings.warn(
             f"{name}: its EXIF data cannot be read, no rotation is applied: {error}", ImageWarning, stacklevel=4
@@ -230,5 +233,5 @@ def _from_array(array: np.ndarray | torch.Tensor, order: str | None, max_side: i
         if array.shape[2] not in (1, 2, 3, 4):
             raise ImageError(f"{name}: expected 1 to 4 channels in order {order}, got {array.shape[2]}")
         array = array[..., 0] if array.shape[2] == 1 else array
-    _check_size(*array.shape[:2], max_side, name)
+    _check_size(array.shape[0], array.shape[1], max_side, name)
     return Image.fromarray(np.ascontiguousarray(_scaled(array, name)))

@@ -1,0 +1,133 @@
+"""Questions and pictures to model inputs: an `<image>` becomes as many image tokens as its picture has embeddings."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import LlavaNextProcessor
+from transformers.processing_utils import MultiModalData
+
+from fila.image_processing import flatten_images
+from fila.images import load_image
+
+IMAGE_TOKEN = "<image>"
+
+
+class FilaProcessor(LlavaNextProcessor):
+    """Tokenizer and image processor as one, with LLaVA-NeXT's token count.
+
+    Args:
+        image_processor: a `FilaImageProcessor`; its geometry gives the number of image tokens.
+        tokenizer: any fast tokenizer that has the image token. To generate in batches it has to pad on the left, as
+            `fila.tokenization.build_character_tokenizer` does.
+        chat_template: by default the tokenizer's.
+        image_token: the placeholder, where the tokenizer does not name one.
+
+    Calling it, `processor(images=..., text=...)`, gives `input_ids`, `attention_mask` and what
+    `FilaImageProcessor.preprocess` gives. `images` are in the order of their placeholders, as one flat list for all
+    texts or as one list for each text; anything `fila.images.load_image` reads will do. Texts without an image may
+    stand beside others in a batch.
+
+    The placeholder is recognised wherever it stands, also where a user types it into a question: then there are more
+    placeholders than images, and the call fails instead of moving pictures to the wrong place.
+
+    Raises:
+        ValueError: if placeholders and images differ in number; the message gives both.
+        ImageError: if a picture cannot be used.
+
+    Example:
+        >>> from fila import FilaImageProcessor, FilaProcessor
+        >>> from fila.tokenization import build_character_tokenizer
+        >>> processor = FilaProcessor(FilaImageProcessor(), build_character_tokenizer())
+        >>> inputs = processor(images=Image.new("RGB", (336, 672)), text="<image>What?", return_tensors="pt")
+        >>> inputs["input_ids"].shape, inputs["pixel_values"].shape
+        (torch.Size([1, 1757]), torch.Size([1, 3, 3, 336, 336]))
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        image_token: str = IMAGE_TOKEN,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=getattr(image_processor, "patch_size", None),
+            # CLIP's class token is encoded and then dropped, as LLaVA-NeXT counts it.
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=chat_template or getattr(tokenizer, "chat_template", None),
+            image_token=image_token,
+            **kwargs,
+        )
+        if self.image_token_id in (None, getattr(tokenizer, "unk_token_id", None)):
+            raise ValueError(f"expected a tokenizer with the token {self.image_token!r}, got one without it")
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+        """Read every picture, keeping lists as they are nested; a batch without any picture has no images at all."""
+        texts = [text] if isinstance(text, str) else text
+        if texts is not None and not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)):
+            raise ValueError(f"expected text to be a string or a list of strings, got {type(text).__name__}: {text!r}")
+        order = kwargs.get("input_data_format") or kwargs.get("images_kwargs", {}).get("input_data_format")
+        max_side = self.image_processor.max_image_side
+
+        def read(source: Any) -> Any:
+            if isinstance(source, (list, tuple)):
+                return [read(item) for item in source]
+            loaded = [load_image(item, input_data_format=order, max_side=max_side) for item in flatten_images(source)]
+            return loaded if len(loaded) != 1 else loaded[0]
+
+        images = read(images) if any(True for _ in flatten_images(images)) else None
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """Compare placeholders and images, for each text where images come as one list for each."""
+        if text is not None:
+            self._check_placeholders(images, text)
+        images = None if images is None else list(flatten_images(images))
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        return super()._process_images(list(flatten_images(images)), **kwargs)
+
+    def _check_placeholders(self, images: Any, text: Sequence[str]) -> None:
+        wanted = [one.count(self.image_token) for one in text]
+        nested = isinstance(images, list) and all(isinstance(group, list) for group in images)
+        if nested and len(images) == len(text):
+            for i, (placeholders, group) in enumerate(zip(wanted, images, strict=True)):
+                if placeholders != len(group):
+                    raise ValueError(
+                        f"text {i}: expected one {self.image_token} for each image, "
+                        f"got {placeholders} placeholders and {len(group)} images"
+                    )
+            return
+        if nested:
+            raise ValueError(
+                f"expected one list of images for each text, got {len(images)} lists and {len(text)} texts"
+            )
+        given = len(list(flatten_images(images)))
+        if sum(wanted) != given:
+            raise ValueError(
+                f"expected one {self.image_token} for each image, got {sum(wanted)} placeholders "
+                f"in {len(text)} texts and {given} images"
+            )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """The image tokens that one placeholder stands for."""
+        height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
+        return self.image_token * self.image_processor.geometry.layout(height, width).num_tokens
+
+    def _get_number_of_features(self, orig_height: int, orig_width: int, height: int, width: int) -> int:
+        # LLaVA-NeXT counts the class token here and takes it off again; "direct" has no tiles, which it cannot know.
+        return self.image_processor.geometry.layout(orig_height, orig_width).num_tokens + 1
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        # Serving engines plan with this. One row of every image tensor belongs to an image, hence one "patch" each.
+        if image_sizes is None:
+            return MultiModalData()
+        layouts = [self.image_processor.geometry.layout(height, width) for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[layout.num_tokens for layout in layouts], num_image_patches=[1] * len(layouts)
+        )
