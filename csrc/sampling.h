@@ -9,7 +9,8 @@
 // Positions are kept in the box's own frame, relative to floor(lo): far from the origin of a large map the spacing of
 // absolute fp32 coordinates is 20 times coarser than the weights need. One header for host and device, so that both
 // read the same cells. Whatever the box holds, NaN and infinities too, the taps lie on the map; a box that is not
-// finite gets a NaN weight, hence NaN samples.
+// finite gets a NaN weight, hence NaN samples. A second tap of weight zero equals the first: a neighbour that does not
+// count is not read, so that its NaN or infinity reaches nobody.
 
 #pragma once
 
@@ -70,13 +71,11 @@ FILA_HOST_DEVICE Tap<Real> box_tap(float box_low, float box_high, int64_t index,
       static_cast<int64_t>(clamp_real(origin, -reach, reach)) + static_cast<int64_t>(clamp_real(cell, -reach, reach));
   const int64_t last = static_cast<int64_t>(clamp_real(std::ceil(high), -reach, reach)) - 1;
 
-  if (first < 0 || first >= cells - 1) {
-    const int64_t border = clamp_cell(first, cells);
-    const int64_t next = border + 1 < last ? border + 1 : last;
-    return {border, clamp_cell(next, cells), Real(0)};
-  }
+  // Beyond the centres of the border cells the position is clamped to them, and the weight with it.
+  const Real weight = first < 0 || first >= cells - 1 ? Real(0) : position - cell;
   const int64_t next = first + 1 < last ? first + 1 : last;
-  return {first, clamp_cell(next, cells), position - cell};
+  const int64_t near = clamp_cell(first, cells);
+  return {near, weight == Real(0) ? near : clamp_cell(next, cells), weight};
 }
 
 }  // namespace fila

@@ -117,7 +117,7 @@ class Environment:
         if build == "cpu":
             # Without its dependencies: they come with the next step from the usual index, under the pins.
             options = ["--no-deps", "--index-url", CPU_INDEX, "--timeout", "20", "--retries", "2"]
-            if self._pip(*options, requirement) == 0:
+            if self._pip(*options, requirement, quiet=True) == 0:
                 return
             say(f"{CPU_INDEX} did not give it; asking pip's configured indexes, whose build may be the large CUDA one")
         if self._pip(requirement) != 0:
@@ -139,13 +139,15 @@ class Environment:
     def mark_current(self) -> None:
         self.stamp.write_text(json.dumps({"fingerprint": fingerprint()}) + "\n")
 
-    def _pip(self, *arguments: str) -> int:
-        return self._run("-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check", *arguments)
+    def _pip(self, *arguments: str, quiet: bool = False) -> int:
+        options = ["--quiet", "--quiet", "--no-input", "--disable-pip-version-check"]
+        return self._run("-m", "pip", "install", *options, *arguments, quiet=quiet)
 
     def _run(self, *arguments: str, quiet: bool = False) -> int:
         output = subprocess.DEVNULL if quiet else None
         command = [str(self.python), *arguments]
-        return subprocess.run(command, check=False, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output).returncode
+        done = subprocess.run(command, check=False, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        return done.returncode
 
 
 def main() -> None:

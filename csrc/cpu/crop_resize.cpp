@@ -10,7 +10,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 #include <cstdint>
@@ -32,7 +31,6 @@ namespace fila {
 namespace {
 
 using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -42,8 +40,11 @@ constexpr const char* kOp = "fila::crop_resize";
 struct Blend {
   float wx0, wx1, wy0, wy1;
 
+  // An axis of weight zero is its first tap alone: 0 * inf would be NaN. Constant over a loop on channels.
   float operator()(float a, float b, float c, float d) const {
-    return wy0 * (wx0 * a + wx1 * b) + wy1 * (wx0 * c + wx1 * d);
+    const float upper = wx1 == 0.0f ? a : wx0 * a + wx1 * b;
+    const float lower = wx1 == 0.0f ? c : wx0 * c + wx1 * d;
+    return wy1 == 0.0f ? upper : wy0 * upper + wy1 * lower;
   }
 };
 
@@ -56,13 +57,6 @@ FILA_VECTOR_CLONES void blend_cells(const float* a, const float* b, const float*
 
 FILA_VECTOR_CLONES void blend_cells(const BFloat16* a, const BFloat16* b, const BFloat16* c, const BFloat16* d,
                                     Blend blend, BFloat16* out, int64_t channels) {
-  for (int64_t i = 0; i < channels; ++i) {
-    out[i] = blend(a[i], b[i], c[i], d[i]);
-  }
-}
-
-FILA_VECTOR_CLONES void blend_cells(const Half* a, const Half* b, const Half* c, const Half* d, Blend blend, Half* out,
-                                    int64_t channels) {
   for (int64_t i = 0; i < channels; ++i) {
     out[i] = blend(a[i], b[i], c[i], d[i]);
   }
@@ -172,8 +166,8 @@ void gather(const Tensor& features, const Taps& taps, const Shapes& s, const Ten
 Tensor crop_resize(Tensor features, Tensor boxes, Tensor image_index, int64_t size) {
   const Shapes s = check_shapes(features, boxes, image_index, size);
   const ScalarType dtype = features.scalar_type();
-  require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, kOp,
-          "expected features of dtype float32, bfloat16 or float16, got ", toString(dtype));
+  require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, kOp,
+          "expected features of dtype float32 or bfloat16, got ", toString(dtype));
   const Taps taps = make_taps(boxes, image_index, s);
 
   const Tensor out = torch::stable::new_empty(features, {s.tiles, s.size, s.size, s.channels});
@@ -182,10 +176,8 @@ Tensor crop_resize(Tensor features, Tensor boxes, Tensor image_index, int64_t si
   }
   if (dtype == ScalarType::Float) {
     gather<float>(features, taps, s, out);
-  } else if (dtype == ScalarType::BFloat16) {
-    gather<BFloat16>(features, taps, s, out);
   } else {
-    gather<Half>(features, taps, s, out);
+    gather<BFloat16>(features, taps, s, out);
   }
   return out;
 }
