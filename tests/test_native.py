@@ -1,0 +1,193 @@
+"""The compiled library of csrc/: its CPU kernel against the definition, what it refuses, and what it links to."""
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from fila_kernels import native, reference
+
+LOADED, REASON = native.load()
+needs_library = pytest.mark.skipif(not LOADED, reason=f"native library {REASON}")
+
+# Tiles, map height and width, channels, samples a side.
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (1, 24, 24, 32, 24),
+    (5, 48, 72, 33, 24),
+    (3, 17, 9, 7, 5),
+    (4, 96, 64, 192, 8),
+    (2, 5, 40, 16, 13),
+]
+
+
+def make_case(tiles: int, height: int, width: int, channels: int, dtype: torch.dtype, images: int = 3):
+    features = torch.randn(images, height, width, channels).to(dtype)
+    corners = torch.rand(tiles, 2, 2) * torch.tensor([height, width]) * 1.4 - torch.tensor([height, width]) * 0.2
+    low, high = corners.amin(1), corners.amax(1)
+    boxes = torch.cat([low, high], dim=1)
+    boxes[::2] = boxes[::2].round()  # whole cells in every other tile
+    return features, boxes, torch.randint(images, (tiles,))
+
+
+def assert_as_good_as_eager(got: torch.Tensor, features: torch.Tensor, boxes, image_index, size: int) -> None:
+    """At most twice the error that the definition itself makes in the same dtype, plus one rounding."""
+    exact = reference.crop_resize(features.double(), boxes, image_index, size)
+    eager = reference.crop_resize(features, boxes, image_index, size)
+    error = (got.double() - exact).abs()
+    allowed = 2 * ((eager.double() - exact).abs().max() + torch.finfo(features.dtype).eps * exact.abs().max())
+    worst = error.argmax()
+    assert error.max() <= allowed, (
+        f"error {error.max():.3g} > {allowed:.3g} at {[int(i) for i in torch.unravel_index(worst, error.shape)]}: "
+        f"got {got.flatten()[worst]}, exact {exact.flatten()[worst]}"
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_crop_resize_equals_the_definition(shape, dtype):
+    tiles, height, width, channels, size = shape
+    features, boxes, image_index = make_case(tiles, height, width, channels, dtype)
+    got = torch.ops.fila.crop_resize(features, boxes, image_index, size)
+    assert got.shape == (tiles, size, size, channels)
+    assert got.dtype == dtype
+    assert_as_good_as_eager(got, features, boxes, image_index, size)
+
+
+@needs_library
+@pytest.mark.parametrize("scale", [1, 2, 3, 8])
+def test_whole_cells_equal_interpolate_of_the_slice(scale):
+    """Also when everything outside the crop is NaN."""
+    size, channels = 6, 5
+    side = size * scale
+    features = torch.full((2, side + 4, side + 7, channels), float("nan"))
+    features[1, 3 : 3 + side, 5 : 5 + side] = torch.randn(side, side, channels)
+    got = torch.ops.fila.crop_resize(
+        features, torch.tensor([[3.0, 5.0, 3.0 + side, 5.0 + side]]), torch.tensor([1], dtype=torch.int32), size
+    )
+    crop = features[1:, 3 : 3 + side, 5 : 5 + side].permute(0, 3, 1, 2)
+    want = torch.nn.functional.interpolate(crop, size=(size, size), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(got, want.permute(0, 2, 3, 1), rtol=0, atol=4 * torch.finfo().eps)
+
+
+@needs_library
+def test_neighbours_that_do_not_count_are_not_read():
+    features = torch.full((1, 9, 9, 4), float("inf"))
+    features[:, 1::3, 1::3] = torch.arange(9.0).view(3, 3, 1)
+    got = torch.ops.fila.crop_resize(features, torch.tensor([[0.0, 0.0, 9.0, 9.0]]), torch.tensor([0]), 3)
+    assert torch.equal(got[0, :, :, 0], torch.arange(9.0).view(3, 3))
+
+
+@needs_library
+def test_boxes_off_the_map_read_the_border_cell():
+    features = torch.randn(1, 4, 6, 3)
+    far = [[-9e8, -9e8, -8e8, -8e8], [8e8, 8e8, 9e8, 9e8], [-1e30, 2.0, -1e29, 3.0]]
+    got = torch.ops.fila.crop_resize(features, torch.tensor(far), torch.zeros(3, dtype=torch.long), 2)
+    for tile, (row, column) in enumerate([(0, 0), (3, 5), (0, 2)]):
+        assert torch.equal(got[tile], features[0, row, column].expand(2, 2, 3))
+
+
+@needs_library
+def test_views_need_no_copy():
+    features, boxes, image_index = make_case(4, 12, 10, 8, torch.float32)
+    nchw = features.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    wide = torch.randn(3, 24, 30, 8)
+    wide[:, ::2, ::3] = features
+    strided_boxes = torch.stack([boxes, boxes], dim=-1)[..., 0]
+    want = torch.ops.fila.crop_resize(features, boxes, image_index, 5)
+    for view in (nchw.permute(0, 2, 3, 1), wide[:, ::2, ::3], features.repeat(1, 2, 1, 1)[:, :12]):
+        assert torch.equal(torch.ops.fila.crop_resize(view, strided_boxes, image_index, 5), want)
+
+
+@needs_library
+def test_threads_do_not_change_the_result():
+    features, boxes, image_index = make_case(5, 96, 96, 64, torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = torch.ops.fila.crop_resize(features, boxes, image_index, 24)
+        torch.set_num_threads(2)
+        two = torch.ops.fila.crop_resize(features, boxes, image_index, 24)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, two)
+
+
+@needs_library
+@pytest.mark.parametrize(("tiles", "channels"), [(0, 4), (2, 0), (0, 0)])
+def test_empty_input_gives_an_empty_result(tiles, channels):
+    features = torch.randn(1, 3, 3, channels)
+    got = torch.ops.fila.crop_resize(features, torch.zeros(tiles, 4), torch.zeros(tiles, dtype=torch.long), 3)
+    assert got.shape == (tiles, 3, 3, channels)
+
+
+GOOD = {
+    "features": torch.zeros(2, 4, 4, 3),
+    "boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]),
+    "image_index": torch.tensor([1]),
+    "size": 2,
+}
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(4, 4, 3)}, r"expected features of shape \[B, h, w, C\], got \[4, 4, 3\]"),
+        ({"features": torch.zeros(2, 4, 4, 3).double()}, "dtype float32 or bfloat16, got Double"),
+        ({"features": torch.zeros(2, 3, 4, 4).permute(0, 2, 3, 1)}, "unit stride over channels, got 16"),
+        ({"features": torch.zeros(2, 0, 4, 3)}, "a map of at least one cell, got 0 x 4"),
+        ({"boxes": torch.zeros(1, 5)}, r"boxes of shape \[T, 4\], got \[1, 5\]"),
+        ({"boxes": torch.zeros(1, 4).double()}, "boxes of dtype float32, got Double"),
+        ({"boxes": torch.tensor([[0.0, float("nan"), 1.0, 1.0]])}, r"finite boxes .* got \[0, nan, 1, 1\] at tile 0"),
+        ({"boxes": torch.tensor([[2.0, 0.0, 1.0, 1.0]])}, r"y0 <= y1 .* got \[2, 0, 1, 1\] at tile 0"),
+        ({"image_index": torch.tensor([0, 1])}, r"image_index of shape \[1\] .* got \[2\]"),
+        ({"image_index": torch.tensor([1.0])}, "dtype int32 or int64, got Float"),
+        ({"image_index": torch.tensor([2])}, "image_index between 0 and 1, got 2 at tile 0"),
+        ({"image_index": torch.tensor([-1], dtype=torch.int32)}, "between 0 and 1, got -1 at tile 0"),
+        ({"size": 0}, "size of at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        torch.ops.fila.crop_resize(**{**GOOD, **change})
+
+
+@needs_library
+def test_opcheck():
+    features, boxes, image_index = make_case(2, 6, 7, 4, torch.float32)
+    torch.library.opcheck(torch.ops.fila.crop_resize.default, (features, boxes, image_index, 3))
+
+
+@needs_library
+def test_only_stable_symbols_are_used():
+    """One binary for every torch from 2.11 on: nothing of torch but its C functions, besides the C and C++ runtimes."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) is not installed")
+    listing = subprocess.check_output(["nm", "-D", "--undefined-only", str(native.LIBRARY)], text=True)
+    symbols = [line.split()[-1] for line in listing.splitlines()]
+    of_torch = [name for name in symbols if "@" not in name and not name.startswith(("_ITM_", "__gmon_start__"))]
+    assert "torch_library_impl" in of_torch
+    strange = [name for name in of_torch if not name.startswith(("aoti_torch_", "torch_"))]
+    assert not strange, f"symbols outside the stable ABI: {strange}"
+    of_runtime = [name for name in symbols if "@" in name]
+    versions = {name.split("@")[1].strip("@").split("_")[0] for name in of_runtime}
+    assert versions <= {"GLIBC", "GLIBCXX", "CXXABI", "GCC"}, versions
+
+
+def test_a_missing_library_is_reported_with_its_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libfila_kernels.so")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    assert native.load.__wrapped__()[0] is False
+    (tmp_path / "not_built.txt").write_text("no C++ compiler was found\n")
+    assert native.load.__wrapped__() == (False, "not built: no C++ compiler was found")
+
+
+def test_a_broken_library_is_reported_not_raised(monkeypatch, tmp_path):
+    (tmp_path / "libfila_kernels.so").write_bytes(b"not a library")
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libfila_kernels.so")
+    loaded, reason = native.load.__wrapped__()
+    assert not loaded
+    assert "cannot load it" in reason
