@@ -1,7 +1,8 @@
 """Blocks of a page: labelled lines, shapes with words around them, titles, lists, lone numbers, plain text.
 
-A block is laid out in canvas pixels relative to its own upper left corner and later moved as one piece; text is a list
-of runs whose glyphs are placed one by one from the face's metrics. Each block can carry one `Ask`: what of it may be asked.
+A block is laid out in canvas pixels relative to its own upper left corner and later moved as one piece; text is a
+list of runs whose glyphs are placed one by one from the face's metrics. Each block can carry one `Ask`: what of it
+may be asked.
 """
 
 from dataclasses import dataclass, field
@@ -13,13 +14,13 @@ from fila.fragments.fonts import Face
 
 Color = tuple[int, int, int]
 SHAPES = {"circle": "\u25cb", "square": "\u25a1", "triangle": "\u25b3", "star": "\u2606"}
-LINE_PITCH = 14.0  # least distance of two lines, canvas pixels: nearly one patch, so that a patch seldom holds two lines
+LINE_PITCH = 14.0  # least distance of two lines, canvas pixels: a patch of 16 seldom holds two
 LEAST_CAP = 6.5  # least height of a capital, canvas pixels: 13 on the high-resolution raster
 LONGEST_ANSWER = 12
 
 
 class Run(NamedTuple):
-    """A piece of text: `x` of its first pen position and `y` of its baseline, canvas pixels; `em` the font size there."""
+    """A piece of text: `x` of its first pen position, `y` of its baseline and its font size `em`, canvas pixels."""
 
     text: str
     face: Face
@@ -79,8 +80,9 @@ class Style:
         faces: the faces of the page's family.
         ink, accents: text colours. `paper`: background.
         canvas_per_pixel: canvas pixels of one image pixel; font sizes fall on half image pixels.
-        largest_em: for a text and face, the largest em (canvas pixels) at which the global view cannot be read.
+        shrink: global-view pixels per canvas pixel, along y and x.
         width: room for a block, canvas pixels.
+        shapes: shapes still to be drawn; `used`: words and labels already on the page, lower case.
     """
 
     split: str
@@ -195,7 +197,9 @@ def fields(rng: Random, style: Style, target: bool, room: int, kind: str | None 
         x = 0.0 if stacked else w + gap if arrangement < 0.5 else column if arrangement < 0.75 else right - v
         runs.append(Run(value, value_face, em, x, y + baseline(value_face, em, step), value_color))
         y += step
-    width = max(r.x + w for r, w in zip(runs, [w for pair in zip(widths, value_widths) for w in pair], strict=True))
+    width = max(
+        r.x + w for r, w in zip(runs, [w for pair in zip(widths, value_widths, strict=True) for w in pair], strict=True)
+    )
     asked = "date" if labels[pick][1] == "date" else "field"
     return Block(runs, width, y, Ask(asked, shown[pick], 2 * pick + 1, 0, len(values[pick])))
 
@@ -292,7 +296,7 @@ def title(rng: Random, style: Style, target: bool) -> Block | None:
         text = f"{text} {second.upper() if text.isupper() else second}"
     face = style.faces[-1] if rng.random() < 0.7 else style.faces[0]
     em = style.em(rng, face, text if target else None, 15.0)
-    if em is None or len(text) > LONGEST_ANSWER and target:
+    if em is None or (target and len(text) > LONGEST_ANSWER):
         return None
     step = pitch(rng, em)
     run = Run(text, face, em, 0.0, baseline(face, em, step), style.color(rng))
@@ -345,7 +349,7 @@ def prose(rng: Random, style: Style, room: int, digits: bool = True, letters: bo
             if letters and (not digits or rng.random() < 0.8):
                 parts.append(style.word(rng, 9))
             else:
-                parts.append(rng.choice((words.number, words.code, words.percent))(rng))
+                parts.append(rng.choice((words.number, words.code if letters else words.amount, words.percent))(rng))
         text = " ".join(parts) + rng.choice(("", "", ".", ",")) * letters
         while parts and advance(face, text, em) > style.width:
             parts.pop()

@@ -1,4 +1,4 @@
-"""Draws a planned page: paper, panels, shapes, every glyph at its own place, then the wear of a scan or a photograph."""
+"""Draws a planned page: paper, panels, shapes, every glyph at its own place, then the wear of a scan."""
 
 import io
 import math
@@ -104,7 +104,7 @@ def _wear(image: Image.Image, page: "Page") -> Image.Image:
     rng = Random(page.wear_seed)
     sy = frame(page)[0]
     if rng.random() < 0.25:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.15, 0.4) / sy))
+        image = image.filter(ImageFilter.BoxBlur(rng.uniform(0.2, 0.6) / sy))
     if rng.random() < 0.25:
         low = rng.randint(190, 245)
         light = Image.new("L", (2, 2))

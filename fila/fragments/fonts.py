@@ -1,7 +1,7 @@
 """Fonts as the generator sees them: faces with linear metrics, grouped into the training and the test families.
 
-Metrics are taken once per glyph at a large size and scaled, so that a page can be laid out without drawing it. Units are
-em (the font size), x to the right from the pen, y down from the baseline.
+Metrics are taken once per glyph at a large size and scaled, so that a page can be laid out without drawing it. Units
+are em (the font size), x to the right from the pen, y down from the baseline.
 """
 
 import json
@@ -112,7 +112,7 @@ class FontSet:
         return cls(families)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=192)
 def load(path: str | None, size: float) -> ImageFont.FreeTypeFont:
     """A face at a size in pixels an em, without kerning or ligatures: the generator places every glyph itself."""
     if path is None:

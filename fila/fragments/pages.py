@@ -1,7 +1,7 @@
 """Seeded document-like pictures, each with a question whose answer a seam cuts or leaves whole.
 
 A page is planned first (what is written where, on the canvas the model will see) and drawn second. The block that holds
-the answer is placed first, so that a seam runs through one of its glyphs, or through none; the rest is filled around it.
+the answer is placed first, so that a seam runs through one of its glyphs, or none; the rest is filled around it.
 
     python -m fila.fragments.pages --out DIR --count 20 --seed 0 --split test
 """
@@ -18,7 +18,7 @@ from PIL import Image
 from fila.fragments import blocks as make
 from fila.fragments import draw, seams
 from fila.fragments.blocks import LONGEST_ANSWER, SHAPES, Block, Color, Run, Style
-from fila.fragments.fonts import FontSet, Metrics
+from fila.fragments.fonts import FontSet
 from fila.fragments.questions import phrase
 from fila.fragments.turns import further_questions
 from fila.geometry import Geometry, Layout
@@ -33,7 +33,7 @@ KIND_SHARES = {
     "title": 5, "line": 5, "after": 6, "item": 4, "row": 4, "box": 4,
 }  # fmt: skip
 _KINDS, _KIND_WEIGHTS = tuple(KIND_SHARES), tuple(KIND_SHARES.values())
-_ATTEMPTS = 200
+_ATTEMPTS, _PATIENCE = 400, 40
 MOST_FURTHER = 4
 
 __all__ = ["CHARSET", "KIND_SHARES", "NANO_GEOMETRY", "SHAPES", "Glyph", "Page", "Sample", "make_sample", "plan_page"]
@@ -123,8 +123,10 @@ def make_sample(
     rng = Random(f"{split}/{seed}")
     coin = rng.random() < 0.5
     wanted = coin if cut is None else cut
-    for _ in range(_ATTEMPTS):
-        page = plan_page(rng, split=split, fonts=fonts, geometry=geometry, cut=wanted)
+    for attempt in range(_ATTEMPTS):
+        if attempt % _PATIENCE == 0:  # kept for a while, or the kinds and canvases that fit easily would crowd the rest
+            layout, kind = draw_layout(rng, geometry), rng.choices(_KINDS, _KIND_WEIGHTS)[0]
+        page = plan_page(rng, split=split, fonts=fonts, layout=layout, kind=kind, cut=wanted)
         if page is None or (render and measured(page) != ("cut" if wanted else "intact")):
             continue
         glyphs, answer_glyphs = locate(page)
@@ -137,10 +139,8 @@ def make_sample(
     raise RuntimeError(f"no page found for seed {seed}, split {split}, cut {wanted} in {_ATTEMPTS} attempts")
 
 
-def plan_page(rng: Random, *, split: str, fonts: FontSet, geometry: Geometry, cut: bool) -> Page | None:
-    """One attempt at a page, or None where the blocks drawn do not fit."""
-    layout = _layout(rng, geometry)
-    kind = rng.choices(_KINDS, _KIND_WEIGHTS)[0]
+def plan_page(rng: Random, *, split: str, fonts: FontSet, layout: Layout, kind: str, cut: bool) -> Page | None:
+    """One attempt at a page, or None where the block with the answer does not fit."""
     style = _style(rng, split, fonts, layout)
     target = _target(rng, style, kind, layout)
     if target is None or target.width > style.width or not 0 < len(target.answer) <= LONGEST_ANSWER:
@@ -209,7 +209,7 @@ def locate(page: Page) -> tuple[list[Glyph], list[int]]:
     return glyphs, answer
 
 
-def _layout(rng: Random, geometry: Geometry) -> Layout:
+def draw_layout(rng: Random, geometry: Geometry) -> Layout:
     """A picture size, 1.5 to 3 image pixels to a canvas pixel, whose best canvas is the one drawn."""
     tile = geometry.tile
     canvases = [c for c in geometry.canvases if (c[0] // tile, c[1] // tile) in CANVAS_SHARES]
@@ -364,7 +364,7 @@ def _fill(rng: Random, style: Style, placed: list[Block], layout: Layout, kind: 
                 placed.append(block)
                 top = block.y + block.height
     tiles = (layout.canvas[0] // layout.geometry.tile) * (layout.canvas[1] // layout.geometry.tile)
-    for _ in range(rng.randint(0, 3 + tiles)):
+    for _ in range(rng.randint(1, 4 + 2 * tiles)):
         block = _other(rng, style, kind, layout)
         if block is None or block.width > style.width or block.height > content.y1 - 1 - top:
             continue

@@ -25,7 +25,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
               "Read what comes after {s}."),
     "item": ("What is item {s}?", "Read item {s}.", "Item {s}?", "What is number {s} on the list?"),
     "row": ("Read line {s}.", "What is on line {s}?", "Line {s}?", "What does line {s} say?"),
-    "box": ("What is in the box?", "Read the text in the box.", "What is written in the box?", "What does the box say?"),
+    "box": ("What is in the box?", "Read the text in the box.", "What is written in the box?",
+            "What does the box say?"),
 }  # fmt: skip
 KINDS = tuple(PHRASES)
 

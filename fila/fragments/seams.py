@@ -1,8 +1,8 @@
 """What a seam does to a glyph: how much of its ink lies on each side, measured on the finished canvas.
 
 The glyph is drawn alone at image resolution and taken to the canvas by the very resize the processor uses; the ink is
-then summed on both sides of every tile boundary. A glyph is *cut* when a seam leaves at least a fifth of its ink on each
-side; an answer is *intact* when no seam leaves more than a hundredth of any of its glyphs on the other side.
+then summed on both sides of every tile boundary. A glyph is *cut* when a seam leaves at least a fifth of its ink on
+each side; an answer is *intact* when no seam leaves more than a hundredth of any of its glyphs on the other side.
 """
 
 import math

@@ -44,7 +44,7 @@ def _around_shape(block: Block) -> list[tuple[str, str, str]]:
 
 
 def _along_line(text: str) -> list[tuple[str, str, str]]:
-    """"gate B12 open" can be asked for as a whole by its first word, or for what follows a word."""
+    """ "gate B12 open" can be asked for as a whole by its first word, or for what follows a word."""
     words = text.split(" ")
     turns = [("line", words[0], text)] if len(words) > 1 and _names(words[0]) else []
     return turns + [("after", words[i], " ".join(words[i + 1 :])) for i in range(len(words) - 1) if _names(words[i])]

@@ -4,6 +4,7 @@ Words belong to one split for good: a word whose hash says "test" is never drawn
 names of shapes are shared, because questions name them. Numbers and codes are random and shared.
 """
 
+# ruff: noqa: SIM905  (lists of words are easier to read and to extend as text)
 from random import Random
 
 from fila.fragments.fonts import fingerprint
@@ -70,7 +71,7 @@ def _pseudo(rng: Random, syllables: int) -> str:
 
 
 def word(rng: Random, split: str, longest: int = 12) -> str:
-    """A lower-case word of the split, at least 3 letters and at most `longest`: from the list, or of random syllables."""
+    """A lower-case word of the split, of 3 to `longest` letters: from the list, or of random syllables."""
     while True:
         if rng.random() < 0.3:
             found = rng.choice(_BY_SPLIT[split])
@@ -178,7 +179,7 @@ def value(rng: Random, split: str, kind: str) -> str:
 
 
 def labels(rng: Random, split: str, count: int) -> list[tuple[str, str]]:
-    """`count` different (label, value type) pairs; some labels are words of the split, so that they too must be read."""
+    """`count` different (label, value type) pairs; some labels are words of the split and must be read to be found."""
     chosen: dict[str, tuple[str, str]] = {}
     while len(chosen) < count:
         kind = VALUE_TYPES[int(rng.random() * len(VALUE_TYPES))]
