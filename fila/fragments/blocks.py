@@ -200,8 +200,10 @@ def fields(rng: Random, style: Style, target: bool, room: int, kind: str | None 
     width = max(
         r.x + w for r, w in zip(runs, [w for pair in zip(widths, value_widths, strict=True) for w in pair], strict=True)
     )
-    asked = "date" if labels[pick][1] == "date" else "field"
-    return Block(runs, width, y, Ask(asked, shown[pick], 2 * pick + 1, 0, len(values[pick])))
+    asked, subject = "date" if labels[pick][1] == "date" else "field", shown[pick]
+    if labels[pick][0] in words.NUMBERED and values[pick].isdigit() and rng.random() < 0.4:
+        subject += " number"
+    return Block(runs, width, y, Ask(asked, subject, 2 * pick + 1, 0, len(values[pick])))
 
 
 def prefixed(rng: Random, style: Style, target: bool, whole: bool) -> Block | None:

@@ -234,19 +234,23 @@ def draw_layout(rng: Random, geometry: Geometry) -> Layout:
             return layout
 
 
+def _color(rng: Random, span: tuple[int, int], strong: int = -1, strong_span: tuple[int, int] = (0, 0)) -> Color:
+    """A random colour: every channel from `span`, the channel `strong` from its own."""
+    red, green, blue = (rng.randint(*(strong_span if channel == strong else span)) for channel in range(3))
+    return red, green, blue
+
+
 def _style(rng: Random, split: str, fonts: FontSet, layout: Layout) -> Style:
     """A font family and colours of reasonable contrast."""
     dark = rng.random() < 0.12
     if dark:
-        paper = tuple(rng.randint(5, 60) for _ in range(3))
-        ink = tuple(rng.randint(205, 255) for _ in range(3))
-        accents = [tuple(rng.randint(130, 255) if i != k else 255 for i in range(3)) for k in range(3)]
+        paper, ink = _color(rng, (5, 60)), _color(rng, (205, 255))
+        accents = [_color(rng, (130, 255), k, (255, 255)) for k in range(3)]
     else:
-        base = rng.randint(225, 255)
-        paper = (base, base, base) if rng.random() < 0.5 else tuple(rng.randint(218, 255) for _ in range(3))
-        level = rng.randint(0, 70)
+        base, level = rng.randint(225, 255), rng.randint(0, 70)
+        paper = (base, base, base) if rng.random() < 0.5 else _color(rng, (218, 255))
         ink = (level, level, level)
-        accents = [tuple(rng.randint(90, 170) if i == k else rng.randint(0, 60) for i in range(3)) for k in range(3)]
+        accents = [_color(rng, (0, 60), k, (90, 170)) for k in range(3)]
     content = layout.content
     shapes = list(SHAPES)
     rng.shuffle(shapes)

@@ -2,6 +2,8 @@
 
 from random import Random
 
+from fila.fragments.words import LABELS
+
 PHRASES: dict[str, tuple[str, ...]] = {
     "field": ("What is the {s}?", "{s}?", "What is the {s}?", "Read the {s}.", "Find the {s}.", "What does {s} say?",
               "Give the {s}.", "What is the value of {s}?", "{s}", "What is written next to {s}?"),
@@ -29,17 +31,19 @@ PHRASES: dict[str, tuple[str, ...]] = {
             "What does the box say?"),
 }  # fmt: skip
 KINDS = tuple(PHRASES)
+_AMOUNTS = frozenset(label.lower() for label in LABELS["amount"] if "mount" not in label)
 
 
 def phrase(rng: Random, kind: str, subject: str) -> str:
     """One way of asking: a paraphrase, the subject in the case of the page, lower case or capitals.
 
     Args:
-        rng: drawn from three times.
         kind: one of `KINDS`.
         subject: the label, prefix, shape or ordinal asked about; "" where the kind needs none.
     """
     text = rng.choice(PHRASES[kind])
+    if kind == "field" and subject.lower() in _AMOUNTS and rng.random() < 0.2:
+        text = rng.choice(("How much is the {s}?", "What is the {s} amount?"))
     r = rng.random()
     if kind not in ("line", "after"):  # what is on the page is quoted there as it stands
         if kind in ("field", "date") and not text.startswith("{s}"):

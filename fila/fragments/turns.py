@@ -9,8 +9,8 @@ from fila.fragments.questions import phrase
 def further_questions(blocks: list[Block], asked: tuple[str, str], rng: Random, most: int) -> list[tuple[str, str]]:
     """Up to `most` further (question, answer) pairs, in random order.
 
-    Labels, shapes and words do not repeat on a page, so what names one of them is unambiguous. Whether a seam cuts these
-    answers is left to chance.
+    Labels, shapes and words do not repeat on a page, so what names one of them is unambiguous. Whether a seam cuts
+    these answers is left to chance.
 
     Args:
         blocks: the page's blocks.

@@ -11,25 +11,26 @@ from fila.fragments.fonts import fingerprint
 
 _COMMON = """
 able acid acre actor adult agent album amber anchor angle ankle apple april apron arch arena arrow artist atlas attic
-autumn award badge baker ballet bamboo banana banner barley barrel basin basket beach beacon beetle bench berry bicycle
-bishop blanket blossom border bottle boulder bracket branch bread breeze brick bridge bronze bucket budget buffalo bundle
-butter button cabin cable cactus camel camera candle canoe canvas canyon captain carbon carpet castle cattle cedar cellar
-chalk chapel cherry chess chimney cinema circus citrus clinic clover cobalt cobra coffee collar comet compass concert
-copper coral corner cotton cousin cradle crane cricket crown crystal curtain cushion daisy dancer dealer decade delta
-dentist desert diamond dinner doctor dolphin donkey dragon drawer eagle echo editor elbow elder ember engine entry estate
-evening fabric falcon farmer feather fennel ferry fiddle field figure filter finger flag flame flute forest fossil fountain
-fox frame frost fruit galaxy garden garlic gate gazette ginger glacier glass glove goat golden granite grape gravel guitar
-hammer harbor harvest hazel hedge helmet hermit heron hollow honey horizon hotel hunter iceberg icon indigo island ivory
-jacket jasmine jewel journal jungle juniper kettle kitchen kitten ladder lagoon lake lantern laurel lawyer leather lemon
-lentil letter library lilac lily linen lizard lobster locker lotus lumber magnet mango maple marble market meadow medal
-melon merchant meteor mill mirror mitten monkey morning mosaic motor mountain museum mustard nectar needle nickel north
-nurse oasis ocean olive onion opera orange orbit orchid otter oven oyster paddle palace panda paper parade parcel parrot
-pasture peach pearl pebble pelican pencil pepper piano pigeon pillow pilot pine pirate planet plaza plum pocket poet polar
-pond poplar potato prairie prism puzzle quarry quartz quill rabbit radar radio raven reef ribbon river robin rocket rose
-ruby saddle saffron sailor salmon sandal satin scarf school season shadow shell shelter silver sister sketch smoke snow
-socket sonnet spark spice spider spring spruce squash stable station stone storm studio sugar summer sunset swan table
-tailor tango teapot temple tennis theater thistle thunder ticket tiger timber tomato topaz torch tower tractor trade train
-tulip tunnel turkey turtle tutor valley vanilla velvet vessel village violet violin visitor volcano voyage wagon walnut
+autumn award badge baker ballet bamboo banana banner barley barrel basin basket beach beacon beetle bench berry
+bicycle bishop blanket blossom border bottle boulder bracket branch bread breeze brick bridge bronze bucket budget
+buffalo bundle butter button cabin cable cactus camel camera candle canoe canvas canyon captain carbon carpet castle
+cattle cedar cellar chalk chapel cherry chess chimney cinema circus citrus clinic clover cobalt cobra coffee collar
+comet compass concert copper coral corner cotton cousin cradle crane cricket crown crystal curtain cushion daisy
+dancer dealer decade delta dentist desert diamond dinner doctor dolphin donkey dragon drawer eagle echo editor elbow
+elder ember engine entry estate evening fabric falcon farmer feather fennel ferry fiddle field figure filter finger
+flag flame flute forest fossil fountain fox frame frost fruit galaxy garden garlic gate gazette ginger glacier glass
+glove goat golden granite grape gravel guitar hammer harbor harvest hazel hedge helmet hermit heron hollow honey
+horizon hotel hunter iceberg icon indigo island ivory jacket jasmine jewel journal jungle juniper kettle kitchen
+kitten ladder lagoon lake lantern laurel lawyer leather lemon lentil letter library lilac lily linen lizard lobster
+locker lotus lumber magnet mango maple marble market meadow medal melon merchant meteor mill mirror mitten monkey
+morning mosaic motor mountain museum mustard nectar needle nickel north nurse oasis ocean olive onion opera orange
+orbit orchid otter oven oyster paddle palace panda paper parade parcel parrot pasture peach pearl pebble pelican
+pencil pepper piano pigeon pillow pilot pine pirate planet plaza plum pocket poet polar pond poplar potato prairie
+prism puzzle quarry quartz quill rabbit radar radio raven reef ribbon river robin rocket rose ruby saddle saffron
+sailor salmon sandal satin scarf school season shadow shell shelter silver sister sketch smoke snow socket sonnet
+spark spice spider spring spruce squash stable station stone storm studio sugar summer sunset swan table tailor tango
+teapot temple tennis theater thistle thunder ticket tiger timber tomato topaz torch tower tractor trade train tulip
+tunnel turkey turtle tutor valley vanilla velvet vessel village violet violin visitor volcano voyage wagon walnut
 walrus water wheat whistle willow window winter wizard wolf wonder yacht yellow zebra zenith zigzag zone
 """.split()
 _ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k kl kr l m n p pl pr qu r s sh sk sl st t th tr v w y z".split()
@@ -38,19 +39,24 @@ _CODAS = "  b ck d g k l ll m n nd ng nt p r rd rk rn s sh st t th x z".split(" 
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-LABELS: dict[str, tuple[str, ...]] = {
-    "amount": ("Total Subtotal Tax Tip Balance Price Amount Due Paid Fee Cost Change Cash Card Sum Net Gross Refund"
-               " Deposit Rent Fare Bonus Budget Profit Sales").split(),
-    "number": ("Invoice Order Account Customer Room Seat Table Ticket Page Qty Items Batch Lot Serial Bus Track Score"
-               " Weight Height Speed Age Floor Box Unit Stock Points Visits Members Platform Route Locker").split(),
-    "date": "Date Issued Expires Born Start End Delivered Printed Signed Opened Updated Deadline".split(),
-    "phone": "Tel Phone Fax Mobile Call".split(),
-    "name": ("Name City Street Clerk Cashier Author Dept Company Contact Item Manager Guest Driver Client Brand Colour"
-             " Country Teacher Owner Team").split(),
-    "percent": "Discount VAT Rate Growth Share Interest Humidity".split(),
-    "time": "Time Departs Arrives Opens Closes Begins Checkout Boarding".split(),
-    "code": "Gate Flight Ref Code Model Zone Bin Bay Aisle Version Plate Coupon Booking Class".split(),
-}  # fmt: skip
+LABELS: dict[str, list[str]] = {
+    kind: text.split(",")
+    for kind, text in {
+        "amount": "Total,Subtotal,Tax,Tip,Balance,Price,Amount,Due,Paid,Fee,Cost,Change,Cash,Card,Sum,Net,Gross,Refund,"
+        "Deposit,Rent,Fare,Bonus,Budget,Profit,Sales,Amount due,Grand total,Unit price",
+        "number": "Invoice,Order,Account,Customer,Room,Seat,Table,Ticket,Page,Batch,Lot,Serial,Bus,Track,Box,Platform,"
+        "Route,Locker,Qty,Items,Score,Weight,Height,Speed,Age,Floor,Unit,Stock,Points,Visits,Members,"
+        "Order No,Invoice No",
+        "date": "Date,Issued,Expires,Born,Start,End,Delivered,Printed,Signed,Opened,Updated,Deadline,Due date",
+        "phone": "Tel,Phone,Fax,Mobile,Call",
+        "name": "Name,City,Street,Clerk,Cashier,Author,Dept,Company,Contact,Item,Manager,Guest,Driver,Client,Brand,"
+        "Colour,Country,Teacher,Owner,Team,First name",
+        "percent": "Discount,VAT,Rate,Growth,Share,Interest,Humidity",
+        "time": "Time,Departs,Arrives,Opens,Closes,Begins,Checkout,Boarding",
+        "code": "Gate,Flight,Ref,Code,Model,Zone,Bin,Bay,Aisle,Version,Plate,Coupon,Booking,Class",
+    }.items()
+}
+NUMBERED = frozenset(LABELS["number"][:18])  # "the invoice number" is what stands after "Invoice:"
 VALUE_TYPES = tuple(LABELS)
 
 
@@ -173,6 +179,8 @@ def value(rng: Random, split: str, kind: str) -> str:
     """A value fit for a label of the given type, at most 12 characters."""
     if kind == "name":
         return name(rng, split, 10)
+    if kind == "number" and rng.random() < 0.1:
+        return f"{rng.randrange(10 ** rng.randint(1, 4))} {rng.choice(('kg', 'km', 'g', 'm', 'cm', 'ml', 'pcs', 'mm'))}"
     makers = {"amount": amount, "number": number, "date": date, "phone": phone,
               "percent": percent, "time": clock, "code": code}  # fmt: skip
     return makers[kind](rng)
