@@ -1,8 +1,8 @@
 """The documents keep their word: commands run, links lead somewhere, named files exist.
 
 A fenced `bash` or `python` block is executed, in order, in a scratch folder that looks like the repository's root. A
-fence that says `no-run` (```bash no-run) is only checked for what it names: it is for commands that need a GPU, hours or
-a download. `make` targets are dry-run, since `make test` would run these tests again.
+fence that says `no-run` (```bash no-run) is only checked for what it names: for commands that need a GPU, hours or a
+download. `make` targets are dry-run, since `make test` would run these tests again.
 """
 
 import os
