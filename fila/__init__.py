@@ -1,1 +1,35 @@
-"""FILA: fine-grained vision-language models."""
+"""FILA: a fine-grained vision-language model that reads high-resolution pictures in tiles and as a whole.
+
+Importing the package registers its classes with transformers' Auto classes, so that `from_pretrained` finds them.
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from fila.configuration import FilaConfig, FilaVisionConfig
+from fila.geometry import Geometry, Layout
+from fila.image_processing import FilaImageProcessor
+from fila.modeling import FilaForConditionalGeneration, FilaModel
+from fila.presets import preset
+from fila.processing import FilaProcessor
+from fila.vision import FilaVisionModel
+
+AutoConfig.register("fila", FilaConfig)
+AutoConfig.register("fila_vision", FilaVisionConfig)
+AutoModel.register(FilaVisionConfig, FilaVisionModel)
+AutoModel.register(FilaConfig, FilaModel)
+AutoModelForImageTextToText.register(FilaConfig, FilaForConditionalGeneration)
+AutoImageProcessor.register(FilaConfig, slow_image_processor_class=FilaImageProcessor)
+AutoProcessor.register(FilaConfig, FilaProcessor)
+
+__all__ = [
+    "FilaConfig",
+    "FilaForConditionalGeneration",
+    "FilaImageProcessor",
+    "FilaModel",
+    "FilaProcessor",
+    "FilaVisionConfig",
+    "FilaVisionModel",
+    "Geometry",
+    "Layout",
+    "preset",
+]

@@ -1,0 +1,163 @@
+"""Configuration of the FILA model: the hybrid vision encoder's own, and the whole model's around it.
+
+Every question the paper leaves open is a field here; the defaults and their reasons are listed in `docs/model.md`.
+"""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPVisionConfig, ConvNextConfig, LlavaNextConfig, PreTrainedConfig
+
+from fila.geometry import LLAVA_NEXT_CANVASES, Geometry
+
+CLIP_VIT_L_336 = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+)
+CLIP_CONVNEXT_L = dict(hidden_sizes=[192, 384, 768, 1536], depths=[3, 3, 27, 3], patch_size=4)
+
+
+@strict
+class FilaVisionConfig(PreTrainedConfig):
+    """The hybrid encoder: a ViT over tiles, a ConvNeXt over the whole picture, fused at several depths.
+
+    Args:
+        vit_config: `CLIPVisionConfig` of the source ViT, with all its layers; only those that are read are built.
+            Defaults to CLIP-ViT-L/14-336.
+        convnext_config: `ConvNextConfig`. Defaults to ConvNeXt-L. Four stages in the paper; any number here.
+        vision_feature_layer: which of the ViT's hidden states is read, counted as LLaVA counts them: -2 is the input of
+            the source's last layer, so a 24-layer ViT is built with 23.
+        fusion: "deep" (the paper's CVFM), or "none": dynamic cropping alone, no ConvNeXt.
+        fusion_layers: 0-based ViT layers after which a fusion follows, one per ConvNeXt stage, ascending.
+            Defaults to equal quarters of the layers that are built (our choice): 5, 11, 17, 22 of 23.
+        fusion_hidden_size: width of the CVFM's hidden layer; the ViT's width if not given (our choice).
+        fusion_gate: "product", `X + tanh(alpha * M)` as the paper writes it, or "scale", `X + tanh(alpha) * M`.
+        image_grid_pinpoints: allowed canvases, (height, width) in pixels.
+        high_res_rule, high_res_size: how the ConvNeXt's raster is made; see `fila.geometry.Geometry`.
+    """
+
+    model_type = "fila_vision"
+    base_config_key = "vision_config"
+    sub_configs = {"vit_config": CLIPVisionConfig, "convnext_config": ConvNextConfig}
+
+    vit_config: dict | PreTrainedConfig | None = None
+    convnext_config: dict | PreTrainedConfig | None = None
+    vision_feature_layer: int = -2
+    fusion: Literal["deep", "none"] = "deep"
+    fusion_layers: list[int] | None = None
+    fusion_hidden_size: int | None = None
+    fusion_gate: Literal["product", "scale"] = "product"
+    image_grid_pinpoints: list | None = None
+    high_res_rule: Literal["scaled", "fixed", "direct"] = "scaled"
+    high_res_size: int = 768
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.vit_config, PreTrainedConfig):
+            self.vit_config = CLIPVisionConfig(**(self.vit_config or CLIP_VIT_L_336))
+        if not isinstance(self.convnext_config, PreTrainedConfig):
+            self.convnext_config = ConvNextConfig(**(self.convnext_config or CLIP_CONVNEXT_L))
+        self.image_grid_pinpoints = [list(c) for c in self.image_grid_pinpoints or LLAVA_NEXT_CANVASES]
+        stages = len(self.convnext_config.hidden_sizes)
+        if self.fusion_layers is None:
+            depth = self.num_vit_layers
+            self.fusion_layers = [(i + 1) * (depth + 1) // stages - 1 for i in range(stages - 1)] + [depth - 1]
+        self._check_fusion_layers(stages)
+        self.geometry()  # raises where tile, patch, canvases and raster do not fit together
+        super().__post_init__(**kwargs)
+
+    def _check_fusion_layers(self, stages: int) -> None:
+        layers, depth = self.fusion_layers, self.num_vit_layers
+        if depth < 1:
+            raise ValueError(
+                f"vision_feature_layer {self.vision_feature_layer} leaves no layer of a ViT of "
+                f"{self.vit_config.num_hidden_layers} layers"
+            )
+        if self.fusion == "none":
+            return
+        if len(layers) != stages or sorted(set(layers)) != list(layers) or not 0 <= layers[0] <= layers[-1] < depth:
+            raise ValueError(
+                f"fusion_layers must name {stages} ascending ViT layers (one per ConvNeXt stage) in 0..{depth - 1}, "
+                f"got {layers}"
+            )
+
+    @property
+    def num_vit_layers(self) -> int:
+        """ViT layers that are built: hidden state k is the output of k layers."""
+        states = self.vit_config.num_hidden_layers + 1
+        return self.vision_feature_layer + (states if self.vision_feature_layer < 0 else 0)
+
+    # What LLaVA-NeXT's classes read of a vision config.
+    @property
+    def hidden_size(self) -> int:
+        return self.vit_config.hidden_size
+
+    @property
+    def image_size(self) -> int:
+        return self.vit_config.image_size
+
+    @property
+    def patch_size(self) -> int:
+        return self.vit_config.patch_size
+
+    @property
+    def convnext_strides(self) -> list[int]:
+        """Raster pixels per cell of each stage's map."""
+        first = self.convnext_config.patch_size
+        return [first * 2**i for i in range(len(self.convnext_config.hidden_sizes))]
+
+    def geometry(self) -> Geometry:
+        """The layout rules this model was built for."""
+        return Geometry(
+            tile=self.image_size,
+            patch=self.patch_size,
+            stride=self.convnext_strides[-1],
+            canvases=tuple(tuple(c) for c in self.image_grid_pinpoints),
+            rule=self.high_res_rule,
+            fixed_size=self.high_res_size,
+        )
+
+
+@strict
+class FilaConfig(LlavaNextConfig):
+    """The whole model: `FilaVisionConfig`, LLaVA-NeXT's projector and a language model.
+
+    Args:
+        vision_config: `FilaVisionConfig`.
+        text_config: any causal language model's config; Llama by default.
+
+    The canvases and the feature layer belong to `vision_config`; the fields of the same names that
+    `LlavaNextConfig` has are copies of them, and giving them another value is an error.
+    """
+
+    model_type = "fila"
+    sub_configs = {"text_config": LlavaNextConfig.sub_configs["text_config"], "vision_config": FilaVisionConfig}
+
+    vision_feature_layer: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = FilaVisionConfig(**(self.vision_config or {}))
+        for name in ("vision_feature_layer", "image_grid_pinpoints"):
+            given, owned = getattr(self, name), getattr(self.vision_config, name)
+            if given is not None and not _same(given, owned):
+                raise ValueError(f"{name} belongs to vision_config, which has {owned}; got {given} beside it")
+            setattr(self, name, owned)
+        if self.vision_feature_select_strategy != "default":
+            raise ValueError(
+                'FILA reads patch tokens only: vision_feature_select_strategy must be "default", '
+                f"got {self.vision_feature_select_strategy!r}"
+            )
+        self.image_seq_length = self.vision_config.geometry().grid ** 2
+        super().__post_init__(**kwargs)
+
+
+def _same(a, b) -> bool:
+    return [list(c) for c in a] == [list(c) for c in b] if isinstance(a, (list, tuple)) else a == b
+
+
+__all__ = ["FilaConfig", "FilaVisionConfig"]

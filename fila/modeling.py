@@ -1,0 +1,184 @@
+"""The FILA vision-language model: LLaVA-NeXT with the hybrid encoder in place of its CLIP tower.
+
+Everything that LLaVA-NeXT already does (projector, order of tokens, unpadding, newlines, merging into the text,
+generation, loss) is inherited from `transformers.models.llava_next`. What differs: images come with a high-resolution
+raster, and the vision tower returns the layer that is read as its last state.
+
+Source: FILA (arXiv 2412.08378), section 3.4; token order from LLaVA-NeXT.
+"""
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_next.modeling_llava_next import (
+    LlavaNextCausalLMOutputWithPast,
+    LlavaNextForConditionalGeneration,
+    LlavaNextModel,
+    LlavaNextModelOutputWithPast,
+    LlavaNextPreTrainedModel,
+)
+
+from fila.configuration import FilaConfig
+from fila.vision import FilaVisionModel
+
+
+class FilaPreTrainedModel(LlavaNextPreTrainedModel):
+    """Weight initialisation and loading shared by the classes below."""
+
+    config: FilaConfig
+    config_class = FilaConfig
+
+
+class FilaModel(FilaPreTrainedModel, LlavaNextModel):
+    """Hybrid encoder, projector and language model, without the language model's head."""
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor,
+        high_res_pixel_values: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """What the language model sees of each picture.
+
+        Args:
+            pixel_values: [n_images, max_views, 3, tile, tile].
+            image_sizes: [n_images, 2], height and width in the picture's own pixels.
+            high_res_pixel_values: [n_images, 3, H, W]; needed unless the configuration has fusion "none".
+
+        Returns:
+            `pooler_output`: one tensor [num_tokens, text width] per picture, global view first, then the unpadded tile
+            rows with one newline each. `last_hidden_state`: the encoder's, all views.
+        """
+        for name in ("vision_feature_layer", "vision_feature_select_strategy", "return_dict", "output_hidden_states"):
+            kwargs.pop(name, None)  # LLaVA-NeXT's switches; the configuration has settled them
+        hidden = self.vision_tower(pixel_values, high_res_pixel_values, image_sizes, **kwargs).last_hidden_state
+        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
+        geometry = self.config.vision_config.geometry()
+        views = [geometry.layout(height, width).num_views for height, width in sizes]
+        features, _ = self.pack_image_features(
+            self.multi_modal_projector(hidden[:, 1:]).split(views), sizes, "default", self.image_newline
+        )
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=features)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        high_res_pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs,
+    ) -> LlavaNextModelOutputWithPast:
+        """Runs the language model over text in which every image token has been replaced by its image feature.
+
+        Args:
+            input_ids: [batch, length]; each picture's placeholder already repeated `Layout.num_tokens` times.
+            pixel_values, image_sizes, high_res_pixel_values: as in `get_image_features`.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` if the pictures were encoded before.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        kwargs.pop("return_dict", None)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image = (mm_encoder_outputs or {}).get("image")
+        if image is None and pixel_values is not None and len(pixel_values):
+            image = self.get_image_features(pixel_values, image_sizes, high_res_pixel_values)
+        features = None
+        if image is not None:
+            features = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return LlavaNextModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=features,
+        )
+
+
+class FilaForConditionalGeneration(FilaPreTrainedModel, LlavaNextForConditionalGeneration):
+    """FILA with its language-model head: what is trained, saved, loaded and asked."""
+
+    def __init__(self, config: FilaConfig):
+        LlavaNextPreTrainedModel.__init__(self, config)
+        self.model = FilaModel(config)
+        self.lm_head = torch.nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+        # A generated image token would ask for an image feature that does not exist.
+        self.generation_config.suppress_tokens = [config.image_token_id]
+
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Tensor, high_res_pixel_values: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """See `FilaModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_sizes, high_res_pixel_values, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        high_res_pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs,
+    ) -> LlavaNextCausalLMOutputWithPast:
+        """Logits and, with `labels` [batch, length] (-100 where nothing is asked), the next-token loss.
+
+        The other arguments are those of `FilaModel.forward`; `logits_to_keep` as everywhere in transformers.
+        """
+        kwargs.pop("return_dict", None)
+        num_items = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            high_res_pixel_values=high_res_pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **num_items
+            )
+        return LlavaNextCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+__all__ = ["FilaForConditionalGeneration", "FilaModel", "FilaPreTrainedModel", "FilaVisionModel"]

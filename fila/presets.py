@@ -1,0 +1,85 @@
+"""Named configurations: the paper's model, and the small one that is trained here and shipped."""
+
+from collections.abc import Callable
+
+from fila.configuration import FilaConfig, FilaVisionConfig
+from fila.tokenization import BOS, EOS, IMAGE, PAD, VOCABULARY
+
+NANO_CANVASES = [[128, 256], [256, 128], [256, 256], [384, 128], [128, 384]]
+
+
+def fila_llama3_8b() -> FilaConfig:
+    """The paper's model: CLIP-ViT-L/14-336, CLIP ConvNeXt-L, LLaMA3-8B.
+
+    The LLM's numbers are Meta-Llama-3-8B-Instruct's own; the image token is its first reserved special token.
+    """
+    return FilaConfig(
+        vision_config=FilaVisionConfig(),
+        text_config=dict(
+            model_type="llama",
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=8192,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            bos_token_id=128000,
+            eos_token_id=128009,
+        ),
+        image_token_index=128002,
+    )
+
+
+def fila_nano() -> FilaConfig:
+    """About 7 million parameters: tile 128, patch 16 (64 tokens a view), scale 2; reads and writes single characters."""
+    return FilaConfig(
+        vision_config=FilaVisionConfig(
+            vit_config=dict(
+                hidden_size=192,
+                intermediate_size=768,
+                num_hidden_layers=6,
+                num_attention_heads=6,
+                image_size=128,
+                patch_size=16,
+                hidden_act="gelu",
+            ),
+            convnext_config=dict(
+                hidden_sizes=[32, 64, 128, 256], depths=[2, 2, 4, 2], patch_size=4, layer_scale_init_value=0.1
+            ),
+            vision_feature_layer=-1,
+            fusion_layers=[1, 2, 4, 5],
+            image_grid_pinpoints=NANO_CANVASES,
+            high_res_size=256,
+        ),
+        text_config=dict(
+            model_type="llama",
+            vocab_size=len(VOCABULARY),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=1024,
+            bos_token_id=VOCABULARY[BOS],
+            eos_token_id=VOCABULARY[EOS],
+            pad_token_id=VOCABULARY[PAD],
+        ),
+        image_token_index=VOCABULARY[IMAGE],
+    )
+
+
+PRESETS: dict[str, Callable[[], FilaConfig]] = {"fila-llama3-8b": fila_llama3_8b, "fila-nano": fila_nano}
+
+
+def preset(name: str) -> FilaConfig:
+    """The configuration of that name.
+
+    >>> preset("fila-nano").vision_config.geometry().grid
+    8
+    """
+    if name not in PRESETS:
+        raise ValueError(f"expected a preset out of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]()

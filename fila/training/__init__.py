@@ -1,0 +1,1 @@
+"""Training of `fila-nano`: data, stages and the resumable run."""

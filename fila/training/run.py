@@ -1,0 +1,208 @@
+"""Trains `fila-nano`, stage by stage, resumable at any moment.
+
+    python -m fila.training.run vision --out runs/nano      # the two halves of stage 0 may run side by side
+    python -m fila.training.run text   --out runs/nano
+    python -m fila.training.run align  --out runs/nano      # stage 1
+    python -m fila.training.run tune   --out runs/nano      # stage 2
+
+Each stage writes `<stage>.pt` (state, averaged weights, optimiser, step) and `<stage>.csv` (the log) into the folder
+and goes on from them when started again. A stage begins with what the stages before it have learned.
+"""
+
+import argparse
+import csv
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fila.fragments.fonts import FontSet
+from fila.geometry import Geometry
+from fila.image_processing import FilaImageProcessor
+from fila.modeling import FilaForConditionalGeneration
+from fila.presets import preset
+from fila.tokenization import build_character_tokenizer
+from fila.training.data import Pages, loader
+from fila.training.stages import STAGES, Stage, Trainee
+
+PREDECESSORS = {"vision": (), "text": (), "align": ("vision", "text"), "tune": ("align",)}
+SEEDS = {"vision": 0, "text": 10_000_000, "align": 200_000_000, "tune": 300_000_000}  # no page is met in two stages
+ALPHA_RATE = 10.0
+WEIGHT_DECAY = 0.02
+CLIP = 1.0
+EMA_DECAY = 0.998
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fila.training.run", description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and logs")
+    parser.add_argument("--preset", default="fila-nano")
+    parser.add_argument("--steps", type=int, help="optimiser steps instead of the recipe's")
+    parser.add_argument("--batch", type=int, help="pages a step instead of the recipe's")
+    parser.add_argument("--lr", type=float, help="peak learning rate instead of the recipe's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pages")
+    parser.add_argument("--save-minutes", type=float, default=5.0)
+    args = parser.parse_args(argv)
+    given = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr)) if v is not None}
+    stage = replace(STAGES[args.stage], **given)
+    torch.set_num_threads(args.threads)
+    train(args, args.stage, stage)
+    return 0
+
+
+def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
+    """Runs one stage to its end, from its last checkpoint if there is one."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    trainee, geometry = build(args.preset, cropping=stage.cropping)
+    trainee.freeze(stage)
+    for before in PREDECESSORS[name]:
+        learned = torch.load(args.out / f"{before}.pt", weights_only=True)["average"]
+        trainee.load_state_dict(learned, strict=False)
+    learning = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(learning, stage.lr)
+    average = {n: p.detach().clone() for n, p in learning.items()}
+    step = 0
+    checkpoint = args.out / f"{name}.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        trainee.load_state_dict(saved["learning"], strict=False)
+        average.update(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+        print(f"{name}: going on from step {step}", flush=True)
+
+    tokenizer = build_character_tokenizer()
+    pages = Pages(
+        FilaImageProcessor(**processor_fields(geometry)),
+        tokenizer,
+        geometry,
+        FontSet.installed("train"),
+        split="train",
+        seed=args.seed + SEEDS[name],
+        length=stage.steps * stage.batch,
+        render=name != "text",
+    )
+    log = Log(args.out / f"{name}.csv", {"stage": asdict(stage), "seed": args.seed, "threads": args.threads})
+    trainee.train()
+    saved_at = time.monotonic()
+    for batch in loader(pages, stage.batch, step * stage.batch, args.workers):
+        set_rate(optimizer, step, stage)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = trainee(name, batch)
+        dense = stage.dense[0] + (stage.dense[1] - stage.dense[0]) * step / stage.steps
+        total = sum(loss * (1.0 if part == "answer" else dense) for part, loss in losses.items())
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        norm = nn.utils.clip_grad_norm_(learning.values(), CLIP)
+        if torch.isfinite(norm):
+            optimizer.step()
+        step += 1
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in learning.values()], 1 - decay)
+        log.add(step, stage.steps, losses, norm, optimizer, trainee)
+        if step == stage.steps or time.monotonic() - saved_at > args.save_minutes * 60:
+            save(checkpoint, learning, average, optimizer, step)
+            saved_at = time.monotonic()
+    log.close()
+
+
+def build(name: str, cropping: bool = True) -> tuple[Trainee, Geometry]:
+    """A fresh model of that preset with its training heads, set to crop or not, and the geometry that follows."""
+    config = preset(name)
+    if not cropping:
+        config.vision_config.high_res_rule = "direct"
+    return Trainee(FilaForConditionalGeneration(config)), config.vision_config.geometry()
+
+
+def processor_fields(geometry: Geometry) -> dict:
+    """The image processor's fields for a geometry."""
+    return dict(
+        tile_size=geometry.tile,
+        patch_size=geometry.patch,
+        high_res_stride=geometry.stride,
+        image_grid_pinpoints=[list(c) for c in geometry.canvases],
+        high_res_rule=geometry.rule,
+        high_res_size=geometry.fixed_size,
+    )
+
+
+def make_optimizer(learning: dict[str, Tensor], lr: float) -> torch.optim.AdamW:
+    """AdamW in three groups: matrices; vectors and tables without decay; the gates, faster and without decay."""
+    gates = [p for n, p in learning.items() if n.endswith(".alpha")]
+    plain = [p for n, p in learning.items() if not n.endswith(".alpha") and (p.ndim < 2 or "embed" in n)]
+    chosen = {id(p) for p in (*gates, *plain)}
+    matrices = [p for p in learning.values() if id(p) not in chosen]
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY, "factor": 1.0},
+        {"params": plain, "weight_decay": 0.0, "factor": 1.0},
+        {"params": gates, "weight_decay": 0.0, "factor": ALPHA_RATE},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, step: int, stage: Stage) -> None:
+    """Linear warm-up, then a cosine down to a fiftieth."""
+    progress = step / max(1, stage.steps)
+    rate = stage.lr * min(1.0, (step + 1) / stage.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
+def save(path: Path, learning: dict, average: dict, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Writes the checkpoint beside the old one and swaps, so that an interrupted write loses nothing."""
+    state = {
+        "learning": {n: p.detach() for n, p in learning.items()},
+        "average": average,
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+    }
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+class Log:
+    """The run's record: a CSV row and a printed line every `every` steps."""
+
+    every = 25
+
+    def __init__(self, path: Path, settings: dict):
+        self.file = path.open("a", newline="")
+        self.writer = csv.writer(self.file)
+        self.sums: dict[str, float] = {}
+        self.count, self.since = 0, time.monotonic()
+        print(settings, flush=True)
+
+    def add(self, step: int, steps: int, losses: dict[str, Tensor], norm: Tensor, optimizer, trainee: Trainee) -> None:
+        for part, loss in losses.items():
+            self.sums[part] = self.sums.get(part, 0.0) + float(loss.detach())
+        self.count += 1
+        if step % self.every and step != steps:
+            return
+        seconds = (time.monotonic() - self.since) / self.count
+        row = {"step": step, **{part: round(total / self.count, 4) for part, total in self.sums.items()}}
+        row |= {"norm": round(float(norm), 3), "lr": f"{optimizer.param_groups[0]['lr']:.2e}", "s": round(seconds, 3)}
+        for i, fusion in enumerate(trainee.model.vision_tower.fusion):
+            row[f"alpha{i}"] = round(float(fusion.alpha), 4)
+        if self.file.tell() == 0:
+            self.writer.writerow(row)
+        self.writer.writerow(row.values())
+        self.file.flush()
+        left = (steps - step) * seconds / 60
+        print(" ".join(f"{k} {v}" for k, v in row.items()), f"left {left:.0f} min", flush=True)
+        self.sums, self.count, self.since = {}, 0, time.monotonic()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

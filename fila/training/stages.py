@@ -1,0 +1,182 @@
+"""What each stage of training runs, learns and leaves alone.
+
+    vision   stage 0: ConvNeXt and ViT, each by itself, learn the character map of a page (nothing pretrained is at hand)
+    text     stage 0: the language model answers questions about pages given as text on a grid
+    align    stage 1 of the paper: no cropping; only the projector and the fusion layers learn, everything else is frozen
+    tune     stage 2 of the paper: dynamic cropping, all parameters
+
+The two halves of stage 0 stand in for the pretrained towers the paper starts from, and need not know of each other. In
+`text`, a page reaches the language model as the tokens a perfect encoder might make: for each patch the sum of one
+embedding per (slot, character). That table is dropped afterwards.
+
+Shapes: V views, N patches a view, D the ViT's width, S slots a patch, K `NUM_CLASSES`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fila.configuration import FilaConfig
+from fila.modeling import FilaForConditionalGeneration
+from fila.training.data import IGNORE, NUM_CLASSES, PageBatch, cells, slots_per_patch, view_labels
+from fila.vision import group_views
+
+EMPTY_WEIGHT = 0.2  # of an empty slot in the dense loss: nine in ten slots are empty
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's recipe.
+
+    Args:
+        steps, batch: optimiser steps, pages a step.
+        lr: peak learning rate; alpha has ten times as much and no decay.
+        trains: parts that learn, by the first words of their parameters' names.
+        cropping: False for the rule "direct".
+        dense: weight of the character-map loss at the start and at the end.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    trains: tuple[str, ...]
+    cropping: bool = True
+    dense: tuple[float, float] = (0.0, 0.0)
+    warmup: int = 100
+
+
+STAGES = {
+    "vision": Stage(2500, 16, 1.5e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1)),
+    "text": Stage(6000, 16, 1.5e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text")),
+    "align": Stage(
+        400, 16, 1.5e-3, ("model.multi_modal_projector", "model.vision_tower.fusion"), cropping=False, dense=(1, 1)
+    ),
+    "tune": Stage(4000, 16, 8e-4, ("",), dense=(0.5, 0.05)),
+}
+
+
+class CharacterHeads(nn.Module):
+    """Linear read-outs of the character map: from the ViT's tokens and from each ConvNeXt stage coarse enough.
+
+    They serve training only and are not part of the exported model.
+    """
+
+    def __init__(self, config: FilaConfig):
+        super().__init__()
+        vision = config.vision_config
+        patch, strides = vision.patch_size, vision.convnext_strides
+        self.tokens = nn.Linear(vision.hidden_size, slots_per_patch(patch) * NUM_CLASSES)
+        self.maps = nn.ModuleDict()
+        for stage, (stride, width) in enumerate(zip(strides, vision.convnext_config.hidden_sizes, strict=True)):
+            cell = stride * patch // strides[-1]  # canvas pixels a cell covers
+            if slots_per_patch(cell):
+                self.maps[str(stage)] = nn.Linear(width, slots_per_patch(cell) * NUM_CLASSES)
+
+
+class GridText(nn.Module):
+    """Stage 0's stand-in for an encoder: a page of characters as tokens, [V, N, S] classes to [V, N, text width]."""
+
+    def __init__(self, config: FilaConfig):
+        super().__init__()
+        slots = slots_per_patch(config.vision_config.patch_size)
+        self.table = nn.Parameter(torch.randn(slots, NUM_CLASSES, config.text_config.hidden_size) * 0.02)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        slots = torch.arange(self.table.shape[0], device=labels.device)
+        return self.table[slots, labels.clamp(min=0)].sum(-2)
+
+
+class Trainee(nn.Module):
+    """The model with the helpers that only training needs; returns one stage's losses for a batch."""
+
+    def __init__(self, model: FilaForConditionalGeneration):
+        super().__init__()
+        self.model, self.lm_head = model.model, model.lm_head
+        self.heads = CharacterHeads(model.config)
+        self.grid_text = GridText(model.config)
+        self._export = [model]  # in a list, so that its parameters are not registered twice
+
+    @property
+    def export(self) -> FilaForConditionalGeneration:
+        """The model alone, as users load it."""
+        return self._export[0]
+
+    def freeze(self, stage: Stage) -> None:
+        """Leaves gradients on for what the stage trains, off for the rest."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(stage.trains))
+
+    def forward(self, name: str, batch: PageBatch) -> dict[str, Tensor]:
+        """Losses of a stage by name, unweighted: "answer", "tokens", "map2", "map3"."""
+        if name == "text":
+            return {"answer": self._text(batch)}
+        if name == "vision":
+            return self._vision(batch)
+        model = self.export
+        images = {k: batch.inputs[k] for k in ("pixel_values", "image_sizes", "high_res_pixel_values")}
+        features = model.get_image_features(**images)
+        # No attention mask: texts are padded on the right, where causal attention never looks back from.
+        outputs = model(
+            input_ids=batch.inputs["input_ids"], labels=batch.labels, mm_encoder_outputs={"image": features}
+        )
+        labels = torch.cat([view_labels(s, layout) for s, layout in zip(batch.slots, batch.layouts, strict=True)])
+        logits = self.heads.tokens(features.last_hidden_state[:, 1:])
+        return {"answer": outputs.loss, "tokens": dense_loss(logits, labels)}
+
+    def _text(self, batch: PageBatch) -> Tensor:
+        """Answer loss on pages given as grid text."""
+        model = self.export.model
+        labels = [view_labels(s, layout) for s, layout in zip(batch.slots, batch.layouts, strict=True)]
+        views = self.grid_text(torch.cat(labels)).split([len(v) for v in labels])
+        features, _ = model.pack_image_features(
+            list(views), batch.inputs["image_sizes"].tolist(), "default", model.image_newline
+        )
+        embeds = model.get_input_embeddings()(batch.inputs["input_ids"])
+        mask = model.get_placeholder_mask(batch.inputs["input_ids"], embeds, torch.cat(features))
+        embeds = embeds.masked_scatter(mask, torch.cat(features).to(embeds.dtype))
+        return self.export(inputs_embeds=embeds, labels=batch.labels).loss
+
+    def _vision(self, batch: PageBatch) -> dict[str, Tensor]:
+        """Character-map losses of the two towers, each alone."""
+        tower = self.export.model.vision_tower
+        labels = [view_labels(s, layout)[1:] for s, layout in zip(batch.slots, batch.layouts, strict=True)]
+        tiles = torch.cat(
+            [p[1 : layout.num_views] for p, layout in zip(batch.inputs["pixel_values"], batch.layouts, strict=True)]
+        )
+        x = tower.vit.pre_layrnorm(tower.vit.embeddings(tiles))
+        for layer in tower.vit.layers:
+            x = layer(x, None)
+        losses = {"tokens": dense_loss(self.heads.tokens(x[:, 1:]), torch.cat(labels))}
+        maps: dict[str, list[tuple[Tensor, Tensor]]] = {stage: [] for stage in self.heads.maps}
+        config = tower.config
+        for group in group_views(batch.layouts, config.convnext_strides, tiles.device):
+            height, width = group.raster
+            features = tower.convnext(batch.inputs["high_res_pixel_values"][group.images, :, :height, :width])
+            for stage, parts in maps.items():
+                cell = config.convnext_strides[int(stage)] * config.patch_size // config.convnext_strides[-1]
+                target = torch.stack([cells(batch.slots[i], cell) for i in group.images])
+                logits = self.heads.maps[stage](features[int(stage)])
+                parts.append((logits.flatten(0, -2), target.flatten(0, -2)))
+        for stage, parts in maps.items():
+            logits, target = (torch.cat(column) for column in zip(*parts, strict=True))
+            losses[f"map{stage}"] = dense_loss(logits, target)
+        return losses
+
+
+def dense_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the character map: logits [..., S * K], labels [..., S]; `IGNORE` where nothing is asked."""
+    weight = torch.ones(NUM_CLASSES, device=logits.device)
+    weight[0] = EMPTY_WEIGHT
+    logits = logits.float().reshape(-1, NUM_CLASSES)
+    return F.cross_entropy(logits, labels.reshape(-1), weight=weight, ignore_index=IGNORE)
+
+
+@torch.no_grad()
+def read_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of the occupied slots whose character is named right."""
+    predicted = logits.reshape(-1, NUM_CLASSES).argmax(-1)
+    labels = labels.reshape(-1)
+    occupied = labels > 0
+    return (predicted[occupied] == labels[occupied]).float().mean().item()
