@@ -112,7 +112,7 @@ class FontSet:
         return cls(families)
 
 
-@lru_cache(maxsize=64)  # FreeType keeps a megabyte or more for each
+@lru_cache(maxsize=256)
 def load(path: str | None, size: float) -> ImageFont.FreeTypeFont:
     """A face at a size in pixels an em, without kerning or ligatures: the generator places every glyph itself."""
     if path is None:
