@@ -32,7 +32,7 @@ def draw_page(page: "Page") -> Image.Image:
                 if char != " ":
                     draw.text((x, y), char, font=font, fill=run.color, anchor="ls")
                 x += run.face[char].advance * step
-    return _wear(image, page)
+    return image if page.wear_seed is None else _wear(image, page)
 
 
 def draw_glyph(page: "Page", block: Block, run: Run, index: int) -> tuple[Image.Image, tuple[int, int]]:

@@ -91,7 +91,7 @@ class Page:
     kind: str
     question: str
     cut: bool
-    wear_seed: int
+    wear_seed: int | None  # None: drawn clean
 
     @property
     def answer(self) -> str:
@@ -123,20 +123,25 @@ def make_sample(
     rng = Random(f"{split}/{seed}")
     coin = rng.random() < 0.5
     wanted = coin if cut is None else cut
+    page = find_page(rng, split=split, fonts=fonts, geometry=geometry, cut=wanted, measure=render)
+    glyphs, answer_glyphs = locate(page)
+    image = draw.draw_page(page) if render else None
+    size = (page.layout.height, page.layout.width)
+    more = further_questions(page.blocks, (page.question, page.answer), rng, MOST_FURTHER)
+    return Sample(
+        image, page.question, page.answer, wanted, page.layout.canvas, glyphs, page.kind, answer_glyphs, size, more
+    )
+
+
+def find_page(rng: Random, *, split: str, fonts: FontSet, geometry: Geometry, cut: bool, measure: bool) -> Page:
+    """Plans pages until one fits and, with `measure`, until the drawn answer is cut or intact as wanted."""
     for attempt in range(_ATTEMPTS):
         if attempt % _PATIENCE == 0:  # kept for a while, or the kinds and canvases that fit easily would crowd the rest
             layout, kind = draw_layout(rng, geometry), rng.choices(_KINDS, _KIND_WEIGHTS)[0]
-        page = plan_page(rng, split=split, fonts=fonts, layout=layout, kind=kind, cut=wanted)
-        if page is None or (render and measured(page) != ("cut" if wanted else "intact")):
-            continue
-        glyphs, answer_glyphs = locate(page)
-        image = draw.draw_page(page) if render else None
-        size = (page.layout.height, page.layout.width)
-        more = further_questions(page.blocks, (page.question, page.answer), rng, MOST_FURTHER)
-        return Sample(
-            image, page.question, page.answer, wanted, page.layout.canvas, glyphs, page.kind, answer_glyphs, size, more
-        )
-    raise RuntimeError(f"no page found for seed {seed}, split {split}, cut {wanted} in {_ATTEMPTS} attempts")
+        page = plan_page(rng, split=split, fonts=fonts, layout=layout, kind=kind, cut=cut)
+        if page is not None and (not measure or measured(page) == ("cut" if cut else "intact")):
+            return page
+    raise RuntimeError(f"no page found for split {split}, cut {cut} in {_ATTEMPTS} attempts: is a tile too small?")
 
 
 def plan_page(rng: Random, *, split: str, fonts: FontSet, layout: Layout, kind: str, cut: bool) -> Page | None:
