@@ -11,7 +11,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from fila.fragments.blocks import Block, Mark, Run
 
 if TYPE_CHECKING:
-    from fila.fragments.pages import Page
+    from fila.fragments.compose import Page
 
 
 def draw_page(page: "Page") -> Image.Image:
