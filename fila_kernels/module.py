@@ -1,5 +1,7 @@
 """`CVFM`: the operation with its parameters."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,9 +82,9 @@ class CVFM(nn.Module):
         """[T, P + N, D] tokens, [B, h, w, C] maps, [T, 4] boxes in cells, [T] image of each tile: the fused tokens."""
         if self.fallback_reason is not None:
             return self._forward_by_layers(tokens, features, boxes, image_index)
+        fc1, fc2 = cast(nn.Linear, self.fc1), cast(nn.Linear, self.fc2)
         return cvfm(
-            tokens, features, boxes, image_index,
-            self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.alpha,
+            tokens, features, boxes, image_index, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.alpha,
             num_prefix_tokens=self.num_prefix_tokens, gate=self.gate,
             plan=self.plan, backend=self.backend, recompute=self.recompute,
         )  # fmt: skip

@@ -5,12 +5,13 @@ on the arguments alone and never on the plan, which is chosen inside from real s
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fila_kernels import planner
-from fila_kernels.backends import eager
+from fila_kernels.backends import eager, eager_backward
 
 NAMESPACE = "fila_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -101,11 +102,11 @@ def _cvfm_forward(
     if tokens.numel() == 0:
         return torch.empty_like(tokens, memory_format=torch.contiguous_format), hidden, branch
     with _no_autocast(tokens.device):
-        out = eager.forward(
+        call = eager.Call(
             tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-            shape=shape, gate=gate, plan=planner.choose(shape, tokens.dtype, tokens.device, plan or None),
-            hidden=hidden if save_hidden else None, branch=branch if save_branch else None,
+            shape, gate, planner.choose(shape, tokens.dtype, tokens.device, plan or None),
         )  # fmt: skip
+        out = eager.forward(call, hidden if save_hidden else None, branch if save_branch else None)
     return out, hidden, branch
 
 
@@ -125,10 +126,13 @@ def _cvfm_backward(
         return tuple(result.zero_() for result in _backward_results(inputs, needs))
     shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
     with _no_autocast(tokens.device):
-        results = eager.backward(
-            grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-            hidden if hidden.dim() == 2 else None, branch if branch.dim() == 2 else None,
-            shape=shape, gate=gate, plan=planner.choose(shape, tokens.dtype, tokens.device, plan or None), needs=needs,
+        call = eager.Call(
+            tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
+            shape, gate, planner.choose(shape, tokens.dtype, tokens.device, plan or None),
+        )  # fmt: skip
+        results = eager_backward.backward(
+            call, grad, hidden if hidden.dim() == 2 else None, branch if branch.dim() == 2 else None,
+            eager_backward.Needs(*needs),
         )  # fmt: skip
     return tuple(
         like.new_empty((0,)) if result is None else result for result, like in zip(results, inputs, strict=True)
@@ -143,7 +147,7 @@ def _cvfm_backward_fake(
     return tuple(_backward_results(inputs, needs))
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {
     "crop_resize": (_crop_resize, _crop_resize_fake),
     "crop_resize_backward": (_crop_resize_backward, _crop_resize_backward_fake),
     "cvfm_forward": (_cvfm_forward, _cvfm_forward_fake),

@@ -22,8 +22,12 @@ class Shape(NamedTuple):
     width: int
 
     @property
+    def patches(self) -> int:
+        return self.grid * self.grid
+
+    @property
     def samples(self) -> int:
-        return self.tiles * self.grid * self.grid
+        return self.tiles * self.patches
 
     @property
     def cells(self) -> int:

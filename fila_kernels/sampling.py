@@ -74,24 +74,33 @@ def sample_bags(
     return Bags(cell[kept], weight[kept], offset)
 
 
-def cell_bags(samples: Bags, num_cells: int) -> Bags:
-    """The transpose of `sample_bags`: for each cell the samples that read it, in a fixed order over tiles."""
+def _by_cell(samples: Bags) -> tuple[Tensor, Bags]:
+    """The transposed table: sorted cells, and for each entry the sample that reads it, in a fixed order over tiles."""
     num_samples = samples.offset.numel() - 1
-    counts = samples.offset.diff()
-    sample = torch.repeat_interleave(
-        torch.arange(num_samples, dtype=samples.row.dtype, device=counts.device),
-        counts,
-        output_size=samples.row.numel(),
-    )
+    numbers = torch.arange(num_samples, dtype=samples.row.dtype, device=samples.row.device)
+    sample = torch.repeat_interleave(numbers, samples.offset.diff(), output_size=samples.row.numel())
     cell, order = torch.sort(samples.row, stable=True)
-    offset = torch.searchsorted(
-        cell, torch.arange(num_cells + 1, dtype=cell.dtype, device=cell.device), out_int32=cell.dtype == torch.int32
-    )
-    return Bags(sample[order], samples.weight[order], offset)
+    return cell, Bags(sample[order], samples.weight[order], samples.offset)
 
 
-def tile_slice(bags: Bags, first: int, last: int, bounds: list[int], size: int) -> Bags:
-    """The bags of tiles [first, last), `bounds` being the offsets at the tiles' first samples."""
+def cell_bags(samples: Bags, num_cells: int) -> Bags:
+    """The transpose of `sample_bags`: a bag of samples for each of the map's cells."""
+    cell, transposed = _by_cell(samples)
+    edges = torch.arange(num_cells + 1, dtype=cell.dtype, device=cell.device)
+    offset = torch.searchsorted(cell, edges, out_int32=cell.dtype == torch.int32)
+    return transposed._replace(offset=offset)
+
+
+def touched(samples: Bags) -> tuple[Tensor, Bags]:
+    """The cells that any sample reads [K] int64, and a bag of samples for each of them alone."""
+    cell, transposed = _by_cell(samples)
+    cells, counts = torch.unique_consecutive(cell, return_counts=True)
+    offset = torch.zeros(cells.numel() + 1, dtype=cell.dtype, device=cell.device)
+    torch.cumsum(counts, 0, out=offset[1:])
+    return cells.long(), transposed._replace(offset=offset)
+
+
+def tile_slice(bags: Bags, first: int, last: int, bounds: list[int], patches: int) -> Bags:
+    """The bags of tiles [first, last) of `patches` samples each, `bounds` being the offsets at the tiles' starts."""
     low, high = bounds[first], bounds[last]
-    offset = bags.offset[first * size * size : last * size * size + 1] - low
-    return Bags(bags.row[low:high], bags.weight[low:high], offset)
+    return Bags(bags.row[low:high], bags.weight[low:high], bags.offset[first * patches : last * patches + 1] - low)
