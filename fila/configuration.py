@@ -71,7 +71,7 @@ class FilaVisionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_fusion_layers(self, stages: int) -> None:
-        layers, depth = self.fusion_layers, self.num_vit_layers
+        layers, depth = self.fusion_layers or [], self.num_vit_layers
         if depth < 1:
             raise ValueError(
                 f"vision_feature_layer {self.vision_feature_layer} leaves no layer of a ViT of "

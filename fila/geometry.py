@@ -6,7 +6,7 @@ Three frames of coordinates are used, all (y, x), origin at the upper left corne
 
     image    pixels of the picture as it came
     canvas   pixels of the canvas the picture is fitted on; tiles are `tile` canvas pixels a side
-    raster   pixels of the high-resolution raster that the ConvNeXt reads; a map of stride s has cells of s raster pixels
+    raster   pixels of the high-resolution raster that the ConvNeXt reads; a map of stride s has cells of s of them
 
 The *content rectangle* (integer canvas pixels, where the picture lies on the canvas) is the one source of alignment:
 the raster's content is that rectangle times the scale, never a second fit of the picture.
@@ -155,7 +155,7 @@ class Layout:
 
     @cached_property
     def raster_content(self) -> Rect:
-        """Where the picture lies on the raster: the content rectangle times the scale, each edge rounded; never empty."""
+        """Where the picture lies on the raster: the content rectangle times the scale, edges rounded; never empty."""
         exact = self.content.scaled(*self.scale).rounded()
         return Rect(exact.y0, exact.x0, max(exact.y1, exact.y0 + 1), max(exact.x1, exact.x0 + 1))
 

@@ -35,7 +35,7 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
     def get_image_features(
         self,
         pixel_values: Tensor,
-        image_sizes: Tensor,
+        image_sizes: Tensor | None,
         high_res_pixel_values: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:

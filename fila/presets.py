@@ -34,7 +34,7 @@ def fila_llama3_8b() -> FilaConfig:
 
 
 def fila_nano() -> FilaConfig:
-    """About 7 million parameters: tile 128, patch 16 (64 tokens a view), scale 2; reads and writes single characters."""
+    """Seven million parameters: tile 128, patch 16 (64 tokens a view), scale 2; reads and writes single characters."""
     return FilaConfig(
         vision_config=FilaVisionConfig(
             vit_config=dict(

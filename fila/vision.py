@@ -150,7 +150,7 @@ class FilaVisionModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, CVFM):
             for linear in (module.fc1, module.fc2):
-                init.normal_(linear.weight, std=linear.in_features**-0.5)
+                init.normal_(linear.weight, std=linear.weight.shape[1] ** -0.5)
                 init.zeros_(linear.bias)
             init.zeros_(module.alpha)
 
@@ -185,10 +185,11 @@ class FilaVisionModel(PreTrainedModel):
 
         maps: list[list[Tensor]] = []
         if self.convnext is not None:
+            assert high_res_pixel_values is not None
             for group in groups:
                 height, width = group.raster
                 maps.append(self.convnext(high_res_pixel_values[group.images, :, :height, :width].to(dtype)))
-        stage_of_layer = {layer: stage for stage, layer in enumerate(self.config.fusion_layers)} if maps else {}
+        stage_of_layer = {layer: stage for stage, layer in enumerate(self.config.fusion_layers or [])} if maps else {}
         for i, layer in enumerate(self.vit.layers):
             x = layer(x, None, **kwargs)
             stage = stage_of_layer.get(i)
@@ -223,7 +224,9 @@ class FilaVisionModel(PreTrainedModel):
         if self.convnext is None:
             return layouts
         if high_res_pixel_values is None:
-            raise ValueError("expected high_res_pixel_values beside pixel_values (this model fuses a ConvNeXt), got none")
+            raise ValueError(
+                "expected high_res_pixel_values beside pixel_values (this model fuses a ConvNeXt), got none"
+            )
         raster = [max(layout.raster[axis] for layout in layouts) for axis in (0, 1)]
         shape = tuple(high_res_pixel_values.shape)
         if len(shape) != 4 or shape[:2] != (len(layouts), 3) or shape[2] < raster[0] or shape[3] < raster[1]:

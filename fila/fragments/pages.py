@@ -17,7 +17,7 @@ from fila.fragments.blocks import SHAPES
 from fila.fragments.compose import Page, find_page
 from fila.fragments.draw import draw_page
 from fila.fragments.fonts import FontSet
-from fila.fragments.turns import further_questions
+from fila.fragments.turns import further_questions, reading_lines
 from fila.geometry import Geometry
 
 CHARSET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.,:-/%$#&()+'"
@@ -52,6 +52,7 @@ class Sample:
         answer_glyphs: indices into `glyphs` of the answer's characters, spaces left out.
         size: (height, width) of the picture in image pixels.
         more: further (question, answer) pairs about the page, for training.
+        lines: the page's text in reading order, for training.
     """
 
     image: Image.Image | None
@@ -64,6 +65,7 @@ class Sample:
     answer_glyphs: list[int] = field(default_factory=list)
     size: tuple[int, int] = (0, 0)
     more: list[tuple[str, str]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
 
     @property
     def questions(self) -> list[tuple[str, str]]:
@@ -102,7 +104,17 @@ def make_sample(
     size = (page.layout.height, page.layout.width)
     more = further_questions(page.blocks, (page.question, page.answer), rng, MOST_FURTHER)
     return Sample(
-        image, page.question, page.answer, wanted, page.layout.canvas, glyphs, page.kind, answer_glyphs, size, more
+        image,
+        page.question,
+        page.answer,
+        wanted,
+        page.layout.canvas,
+        glyphs,
+        page.kind,
+        answer_glyphs,
+        size,
+        more,
+        reading_lines(page.blocks),
     )
 
 

@@ -1,9 +1,11 @@
-"""What else can be asked about a page: more questions for training, beside the one the page was made for."""
+"""What else a page can teach: more questions beside the one it was made for, and its whole text."""
 
 from random import Random
 
 from fila.fragments.blocks import LONGEST_ANSWER, Block
 from fila.fragments.questions import phrase
+
+SAME_LINE = 5.0  # canvas pixels between baselines
 
 
 def further_questions(blocks: list[Block], asked: tuple[str, str], rng: Random, most: int) -> list[tuple[str, str]]:
@@ -28,6 +30,17 @@ def further_questions(blocks: list[Block], asked: tuple[str, str], rng: Random, 
     found = [turn for turn in found if 0 < len(turn[2]) <= LONGEST_ANSWER and turn[2] != asked[1]]
     rng.shuffle(found)
     return [(phrase(rng, kind, subject), answer) for kind, subject, answer in found[:most]]
+
+
+def reading_lines(blocks: list[Block]) -> list[str]:
+    """The page's text line by line, as one reads it: runs whose baselines nearly agree are one line, left to right."""
+    runs = sorted((block.y + run.y, block.x + run.x, run.text) for block in blocks for run in block.runs)
+    lines: list[tuple[float, list[tuple[float, str]]]] = []
+    for y, x, text in runs:
+        if not lines or y - lines[-1][0] > SAME_LINE:
+            lines.append((y, []))
+        lines[-1][1].append((x, text))
+    return [" ".join(text for _, text in sorted(line)) for _, line in lines]
 
 
 def _around_shape(block: Block) -> list[tuple[str, str, str]]:

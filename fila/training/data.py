@@ -24,6 +24,7 @@ SLOT_HEIGHT, SLOT_WIDTH = 8, 4
 CLASSES = {char: i + 1 for i, char in enumerate([*CHARSET, *SHAPES.values()])}
 NUM_CLASSES = 1 + len(CLASSES)  # class 0 is an empty slot
 IGNORE = -100
+TRANSCRIBE, LINE_BREAK, LONGEST_TRANSCRIPT = "Read the page.", "|", 160
 
 
 def slots_per_patch(patch: int) -> int:
@@ -66,11 +67,13 @@ def view_labels(slots: Tensor, layout: Layout) -> Tensor:
 def conversation(sample: Sample, num_image_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Token ids and labels of everything asked about a page, as turns of the chat template.
 
-    Only answers and their `<eos>` are learned. The picture comes once, in the first turn.
+    Only answers and their `<eos>` are learned. The picture comes once, in the first turn; the page's transcript comes
+    last, where no question can be answered from it.
     """
     ids = [tokenizer.bos_token_id]
     labels = [IGNORE]
-    for turn, (question, answer) in enumerate(sample.questions):
+    transcript = (TRANSCRIBE, LINE_BREAK.join(sample.lines)[:LONGEST_TRANSCRIPT])
+    for turn, (question, answer) in enumerate([*sample.questions, transcript]):
         picture = IMAGE * num_image_tokens if turn == 0 else ""
         asked = tokenizer.encode(USER + picture + question + ASSISTANT, add_special_tokens=False)
         said = tokenizer.encode(answer + EOS, add_special_tokens=False)
@@ -156,9 +159,10 @@ def collate(pages: list[Page], pad_id: int) -> PageBatch:
         "input_ids": _pad([p.input_ids for p in pages], pad_id),
         "image_sizes": torch.tensor([p.size for p in pages]),
     }
-    if pages[0].pixel_values is not None:
-        inputs["pixel_values"] = _pad([p.pixel_values for p in pages], 0)
-        inputs["high_res_pixel_values"] = _pad([p.high_res_pixel_values for p in pages], 0)
+    pixels = [p.pixel_values for p in pages if p.pixel_values is not None]
+    rasters = [p.high_res_pixel_values for p in pages if p.high_res_pixel_values is not None]
+    if pixels:
+        inputs |= {"pixel_values": _pad(pixels, 0), "high_res_pixel_values": _pad(rasters, 0)}
     labels = _pad([p.labels for p in pages], IGNORE)
     return PageBatch(inputs, labels, [p.layout for p in pages], [p.slots for p in pages])
 

@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def processor_fields(geometry: Geometry) -> dict:
     )
 
 
-def make_optimizer(learning: dict[str, Tensor], lr: float) -> torch.optim.AdamW:
+def make_optimizer(learning: Mapping[str, Tensor], lr: float) -> torch.optim.AdamW:
     """AdamW in three groups: matrices; vectors and tables without decay; the gates, faster and without decay."""
     gates = [p for n, p in learning.items() if n.endswith(".alpha")]
     plain = [p for n, p in learning.items() if not n.endswith(".alpha") and (p.ndim < 2 or "embed" in n)]
@@ -188,7 +189,7 @@ class Log:
         if step % self.every and step != steps:
             return
         seconds = (time.monotonic() - self.since) / self.count
-        row = {"step": step, **{part: round(total / self.count, 4) for part, total in self.sums.items()}}
+        row: dict[str, float | str] = {"step": step, **{part: round(total / self.count, 4) for part, total in self.sums.items()}}
         row |= {"norm": round(float(norm), 3), "lr": f"{optimizer.param_groups[0]['lr']:.2e}", "s": round(seconds, 3)}
         for i, fusion in enumerate(trainee.model.vision_tower.fusion):
             row[f"alpha{i}"] = round(float(fusion.alpha), 4)

@@ -1,8 +1,8 @@
 """What each stage of training runs, learns and leaves alone.
 
-    vision   stage 0: ConvNeXt and ViT, each by itself, learn the character map of a page (nothing pretrained is at hand)
+    vision   stage 0: ConvNeXt and ViT, each by itself, learn the character map of a page (nothing is pretrained)
     text     stage 0: the language model answers questions about pages given as text on a grid
-    align    stage 1 of the paper: no cropping; only the projector and the fusion layers learn, everything else is frozen
+    align    stage 1 of the paper: no cropping; only the projector and the fusion layers learn, the rest is frozen
     tune     stage 2 of the paper: dynamic cropping, all parameters
 
 The two halves of stage 0 stand in for the pretrained towers the paper starts from, and need not know of each other. In

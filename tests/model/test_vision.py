@@ -1,0 +1,159 @@
+"""The hybrid encoder: the ViT it starts from, the gate, groups of canvases, and what it refuses."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import CLIPVisionModel
+
+from fila import FilaVisionConfig, FilaVisionModel, preset
+from fila.presets import NANO_CANVASES
+
+
+def nano_vision(**fields) -> FilaVisionModel:
+    config = preset("fila-nano").vision_config.to_dict()
+    return FilaVisionModel(FilaVisionConfig(**{**config, **fields})).eval()
+
+
+def pictures(model: FilaVisionModel, sizes: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Random pictures' tensors, padding filled with NaN so that any use of it shows."""
+    layouts = [model.config.geometry().layout(*size) for size in sizes]
+    tile = model.config.image_size
+    views = max(layout.num_views for layout in layouts)
+    height, width = (max(layout.raster[axis] for layout in layouts) for axis in (0, 1))
+    pixels = torch.full((len(sizes), views, 3, tile, tile), float("nan"))
+    raster = torch.full((len(sizes), 3, height, width), float("nan"))
+    for i, layout in enumerate(layouts):
+        pixels[i, : layout.num_views] = torch.randn(layout.num_views, 3, tile, tile)
+        raster[i, :, : layout.raster[0], : layout.raster[1]] = torch.randn(3, *layout.raster)
+    return {"pixel_values": pixels, "high_res_pixel_values": raster, "image_sizes": torch.tensor(sizes)}
+
+
+def clip_tower(model: FilaVisionModel) -> CLIPVisionModel:
+    """transformers' CLIP tower with the same weights, all its layers."""
+    clip = CLIPVisionModel(model.config.vit_config).eval()
+    weights = {k.replace("layers.", "encoder.layers.", 1): v for k, v in model.vit.state_dict().items()}
+    missing, unexpected = clip.load_state_dict(weights, strict=False)
+    assert not unexpected
+    built = range(model.config.num_vit_layers)
+    assert not [k for k in missing if not k.startswith("post_layernorm") and int(k.split(".")[2]) in built]
+    return clip
+
+
+@pytest.mark.parametrize("fields", [{"fusion": "none"}, {}, {"fusion_gate": "scale"}, {"vision_feature_layer": -2}])
+@torch.no_grad()
+def test_closed_gates_and_no_fusion_leave_clip_untouched(fields):
+    if "vision_feature_layer" in fields:
+        fields = {**fields, "fusion_layers": [1, 2, 3, 4]}
+    model = nano_vision(**fields)
+    inputs = pictures(model, [(256, 256), (128, 256)])
+    got = model(**inputs).last_hidden_state
+    tiles = torch.cat([p[: model.config.geometry().layout(*s).num_views] for p, s in zip(
+        inputs["pixel_values"], inputs["image_sizes"].tolist(), strict=True)])  # fmt: skip
+    states = clip_tower(model)(tiles, output_hidden_states=True).hidden_states
+    expected = states[model.config.vision_feature_layer]
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_open_gates_change_every_fusion_depth():
+    model = nano_vision()
+    inputs = pictures(model, [(256, 256)])
+    closed = model(**inputs).last_hidden_state
+    for fusion in model.fusion:
+        fusion.alpha.fill_(0.5)
+        assert not torch.allclose(model(**inputs).last_hidden_state, closed)
+        fusion.alpha.zero_()
+
+
+@pytest.mark.parametrize("gate", ["product", "scale"])
+def test_a_closed_gate_silences_a_non_finite_branch_and_still_learns(gate):
+    model = nano_vision(fusion_gate=gate)
+    inputs = pictures(model, [(256, 256)])
+    expected = model(**inputs).last_hidden_state.detach()
+    model(**inputs).last_hidden_state.sum().backward()
+    assert all(f.alpha.grad is not None and f.alpha.grad.item() != 0 for f in model.fusion)
+    with torch.no_grad():
+        model.fusion[3].fc2.bias[0] = float("inf")
+    got = model(**inputs).last_hidden_state
+    assert torch.equal(got, expected)
+    model.zero_grad()
+    got.sum().backward()
+    assert torch.isfinite(model.fusion[3].alpha.grad).all()
+    assert model.fusion[3].alpha.grad.item() != 0
+
+
+@torch.no_grad()
+def test_a_batch_of_all_canvases_equals_each_picture_alone_and_never_reads_padding():
+    model = nano_vision()
+    for fusion in model.fusion:
+        fusion.alpha.fill_(0.5)
+    sizes = [(256, 256), (130, 400), (128, 256), (256, 250), (256, 128), (400, 130), (128, 256)]
+    inputs = pictures(model, sizes)
+    assert {model.config.geometry().layout(*s).canvas for s in sizes} == {tuple(c) for c in NANO_CANVASES}
+    together = model(**inputs).last_hidden_state
+    assert torch.isfinite(together).all()
+    parts = together.split([model.config.geometry().layout(*s).num_views for s in sizes])
+    for i, part in enumerate(parts):
+        alone = model(**{k: v[i : i + 1] for k, v in inputs.items()}).last_hidden_state
+        assert_close(part, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["scaled", "fixed", "direct"])
+@torch.no_grad()
+def test_every_high_resolution_rule_runs(rule):
+    model = nano_vision(high_res_rule=rule)
+    for fusion in model.fusion:
+        fusion.alpha.fill_(0.5)
+    sizes = [(300, 200), (128, 384)]
+    views = sum(model.config.geometry().layout(*s).num_views for s in sizes)
+    assert model(**pictures(model, sizes)).last_hidden_state.shape == (views, 65, 192)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = nano_vision().train()
+    for fusion in model.fusion:
+        fusion.alpha.data.fill_(0.5)
+    inputs = pictures(model, [(256, 128)])
+    grads = []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+            assert all(layer.gradient_checkpointing for stage in model.convnext.stages for layer in stage.layers)
+        model(**inputs).last_hidden_state.square().mean().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_misfit_tensors_are_refused_by_name():
+    model = nano_vision()
+    good = pictures(model, [(256, 256), (128, 256)])
+    for change, message in (
+        ({"image_sizes": None}, r"expected image_sizes \[n_images, 2\]"),
+        ({"image_sizes": torch.tensor([[256, 256]])}, r"one row of image_sizes per picture \(2\), got 1"),
+        ({"pixel_values": good["pixel_values"][:, :2]}, "expected at least 5 views for these image sizes, got 2"),
+        ({"pixel_values": good["pixel_values"][..., :64]}, r"expected pixel_values .* got \[2, 5, 3, 128, 64\]"),
+        ({"high_res_pixel_values": None}, "expected high_res_pixel_values beside pixel_values"),
+        ({"high_res_pixel_values": good["high_res_pixel_values"][..., :300]}, ">= 512, >= 512"),
+        ({"image_sizes": torch.tensor([[0, 5], [5, 5]])}, "at least 1x1 pixels, got 0x5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fusion_layers": [1, 2, 3]}, "must name 4 ascending ViT layers"),
+        ({"fusion_layers": [1, 2, 4, 6]}, r"in 0\.\.5"),
+        ({"fusion_layers": [2, 1, 4, 5]}, "ascending"),
+        ({"image_grid_pinpoints": [[100, 128]]}, "multiple of the tile"),
+        ({"high_res_size": 100}, "multiple of the ConvNeXt's stride 32"),
+        ({"vision_feature_layer": -7}, "leaves no layer"),
+        ({"fusion_gate": "sum"}, "fusion_gate"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(Exception, match=message):
+        nano_vision(**fields)
