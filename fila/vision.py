@@ -150,7 +150,8 @@ class FilaVisionModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, CVFM):
             for linear in (module.fc1, module.fc2):
-                init.normal_(linear.weight, std=linear.weight.shape[1] ** -0.5)
+                assert isinstance(linear, nn.Linear)
+                init.normal_(linear.weight, std=linear.in_features**-0.5)
                 init.zeros_(linear.bias)
             init.zeros_(module.alpha)
 

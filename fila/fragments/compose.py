@@ -102,8 +102,14 @@ def ink_boxes(block: Block, run: Run) -> list[tuple[float, float, float, float] 
 
 
 def draw_layout(rng: Random, geometry: Geometry) -> Layout:
-    """A picture size, 1.5 to 3 image pixels to a canvas pixel, whose best canvas is the one drawn."""
+    """A picture size, 1.5 to 3 image pixels to a canvas pixel, whose best canvas is the one drawn.
+
+    Under the rule "direct" there is one view, the picture stretched to a tile: a square picture, which has no seams.
+    """
     tile = geometry.tile
+    if geometry.rule == "direct":
+        side = round(tile * rng.uniform(1.5, 3.0))
+        return geometry.layout(side, side)
     canvases = [c for c in geometry.canvases if (c[0] // tile, c[1] // tile) in CANVAS_SHARES]
     canvas = rng.choices(canvases, [CANVAS_SHARES[c[0] // tile, c[1] // tile] for c in canvases])[0]
     rows, columns = canvas[0] // tile, canvas[1] // tile
@@ -147,9 +153,11 @@ def _style(rng: Random, split: str, fonts: FontSet, layout: Layout) -> Style:
     shapes = list(SHAPES)
     rng.shuffle(shapes)
     tile = layout.geometry.tile
+    # What has tiles shall be unreadable without them; under the rule "direct" the one view is all there is to read.
+    shrink = (tile / content.height, tile / content.width) if layout.rows else (1e-3, 1e-3)
     return Style(
         split, rng.choice(fonts.families), ink, accents, paper, dark, content.height / layout.height,
-        (tile / content.height, tile / content.width), content.width - 8, shapes,
+        shrink, content.width - 8, shapes,
     )  # fmt: skip
 
 

@@ -89,7 +89,8 @@ def make_sample(
         split: "train" or "test", the split of the words; `fonts` should be that split's.
         fonts: the faces to draw with.
         geometry: canvases, tile and fit; one row or column of tiles up to three.
-        cut: whether a seam shall cut the answer; None leaves it to the seed, half and half.
+        cut: whether a seam shall cut the answer; None leaves it to the seed, half and half. Nothing is cut under the
+            rule "direct", which has no seams.
         render: False skips the drawing (and the measure on the drawn glyphs), for samples of text only.
 
     Returns:
@@ -97,7 +98,7 @@ def make_sample(
     """
     rng = Random(f"{split}/{seed}")
     coin = rng.random() < 0.5
-    wanted = coin if cut is None else cut
+    wanted = (coin if cut is None else cut) and geometry.rule != "direct"
     page = find_page(rng, split=split, fonts=fonts, geometry=geometry, cut=wanted, measure=render)
     glyphs, answer_glyphs = locate(page)
     image = draw_page(page) if render else None

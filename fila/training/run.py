@@ -189,7 +189,8 @@ class Log:
         if step % self.every and step != steps:
             return
         seconds = (time.monotonic() - self.since) / self.count
-        row: dict[str, float | str] = {"step": step, **{part: round(total / self.count, 4) for part, total in self.sums.items()}}
+        row: dict[str, float | str] = {"step": step}
+        row |= {part: round(total / self.count, 4) for part, total in self.sums.items()}
         row |= {"norm": round(float(norm), 3), "lr": f"{optimizer.param_groups[0]['lr']:.2e}", "s": round(seconds, 3)}
         for i, fusion in enumerate(trainee.model.vision_tower.fusion):
             row[f"alpha{i}"] = round(float(fusion.alpha), 4)
