@@ -146,33 +146,38 @@ def _check_size(height: int, width: int, max_side: int, name: str) -> None:
 
 def _finish(image: Image.Image, name: str) -> Image.Image:
     """Decode the first frame, turn it upright, and convert it to RGB over white."""
-    # MPO is what many phones write for a single photograph: the further frames are previews of it.
-    if getattr(image, "is_animated", False) and image.format != "MPO":
-        warnings.warn(
-            f"{name}: holds {getattr(image, 'n_frames', 'several')} frames, only the first is used",
-            ImageWarning,
-            stacklevel=4,
-        )
-        try:
-            image.seek(0)
-        except Exception as error:
-            raise ImageError(f"{name}: expected a complete picture, the first frame cannot be read: {error}") from error
     try:
+        if image.tell():
+            image.seek(0)
         image.load()
     except Exception as error:
         raise ImageError(f"{name}: expected a complete picture, decoding failed: {error}") from error
+    frame = _upright(image, name)
+    if frame is image and isinstance(image, ImageFile.ImageFile):
+        frame = image.copy()  # lets go of the file, and of the frames behind the first
+    if _has_more_frames(image):
+        warnings.warn(f"{name}: holds several frames, only the first is used", ImageWarning, stacklevel=3)
+    return _over_white(frame, name)
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
     try:
         # Asked first, since the transposition copies the picture even where there is nothing to do.
-        upright = image.getexif().get(EXIF_ORIENTATION, 1) == 1
-        if not upright:
-            image = ImageOps.exif_transpose(image)
-        elif isinstance(image, ImageFile.ImageFile):
-            image = image.copy()  # lets go of the file, and of the frames behind the first
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
     except Exception as error:
-        warnings.warn(
-            f"{name}: its EXIF data cannot be read, no rotation is applied: {error}", ImageWarning, stacklevel=4
-        )
-    return _over_white(image, name)
+        warnings.warn(f"{name}: its EXIF data cannot be read, it is not rotated: {error}", ImageWarning, stacklevel=4)
+        return image
+
+
+def _has_more_frames(image: Image.Image) -> bool:
+    # MPO is what many phones write for a single photograph: the further frames are previews of it.
+    if image.format == "MPO":
+        return False
+    try:
+        return getattr(image, "is_animated", False)  # looks one frame ahead; counting all would read the whole file
+    except Exception:
+        return True  # something follows that cannot be read
 
 
 def _over_white(image: Image.Image, name: str) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import random
 import struct
 import warnings
 import zlib
@@ -143,6 +144,25 @@ def test_a_damaged_png_is_refused() -> None:
         load_image(bytes(data))
 
 
+def test_files_damaged_anywhere_are_read_or_refused() -> None:
+    frames = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue", "lime")]
+    files = [encoded(noise(), kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "PPM")]
+    files += [encoded(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in ("GIF", "PNG", "WEBP")]
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(1_000):
+        data = bytearray(draw.choice(files))
+        for _ in range(draw.choice((1, 5, 20))):
+            data[draw.randrange(min(len(data), draw.choice((40, 200, len(data)))))] = draw.randrange(256)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                assert load_image(bytes(data)).mode == "RGB"
+            except ImageError:
+                refused += 1
+    assert 200 < refused < 1_000
+
+
 @pytest.mark.parametrize(
     "content, got",
     [
@@ -213,7 +233,7 @@ def test_unreadable_exif_is_said_and_not_applied() -> None:
 def test_of_several_frames_the_first_is_used_and_said(kind: str, options: dict) -> None:
     frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue", "lime")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    with pytest.warns(ImageWarning, match="holds 3 frames, only the first is used"):
+    with pytest.warns(ImageWarning, match="holds several frames, only the first is used"):
         loaded = load_image(data)
     assert loaded.getpixel((3, 3)) == RED
     with warnings.catch_warnings():
