@@ -123,14 +123,11 @@ class Environment:
         if self._pip(requirement) != 0:
             raise SystemExit(f"setup: pip could not install {requirement}; its message is above")
 
-    def install(self, pins: dict[str, str]) -> None:
+    def install(self, pins: dict[str, str], *requirements: str) -> None:
         constraints = self.folder / "fila-constraints.txt"
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
-        say("installing the rest")
-        under = ["--constraint", str(constraints)]
-        tools_failed = self._pip(*under, *BUILD_TOOLS)
-        if tools_failed or self._pip(*under, "--no-build-isolation", "--editable", f"{ROOT}[dev]"):
-            raise SystemExit("setup: pip failed; its message is above")
+        if self._pip("--no-build-isolation", "--constraint", str(constraints), *requirements) != 0:
+            raise SystemExit(f"setup: pip could not install {' '.join(requirements)}; its message is above")
 
     def report(self) -> None:
         self._run("-c", "import torch; print('setup: torch', torch.__version__)")
@@ -165,11 +162,14 @@ def main() -> None:
     environment.create()
     pins = read_pins(CONSTRAINTS.read_text())
     installed = environment.installed()
+    under = merge_pins(pins, installed)
+    environment.install(under, *BUILD_TOOLS)
     if "torch" in installed:
         say(f"keeping torch {installed['torch']} (remove {environment.folder} to have another)")
     else:
         environment.install_torch(pins["torch"], build)
-    environment.install(merge_pins(pins, installed))
+    say("installing the rest, and this project")
+    environment.install(under, "--editable", f"{ROOT}[dev]")
     environment.report()
     environment.mark_current()
     say(f"done in {time.monotonic() - started:.0f} s")
