@@ -47,7 +47,12 @@ def fila_nano() -> FilaConfig:
                 hidden_act="gelu",
             ),
             convnext_config=dict(
-                hidden_sizes=[32, 64, 128, 256], depths=[2, 2, 4, 2], patch_size=4, layer_scale_init_value=0.1
+                hidden_sizes=[32, 64, 128, 256],
+                depths=[2, 2, 4, 2],
+                patch_size=4,
+                # The library's 0.02 and 1e-6 suit wide and deep towers; at these widths they leave the blocks dead.
+                initializer_range=0.06,
+                layer_scale_init_value=0.5,
             ),
             vision_feature_layer=-1,
             fusion_layers=[1, 2, 4, 5],
@@ -62,6 +67,7 @@ def fila_nano() -> FilaConfig:
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
+            initializer_range=0.05,
             max_position_embeddings=1024,
             bos_token_id=VOCABULARY[BOS],
             eos_token_id=VOCABULARY[EOS],

@@ -4,8 +4,11 @@ Shapes: V views of a page, N patches a view, S = `SLOTS` character slots a patch
 
 The *character map* is the dense target of stage 0: the canvas is divided into slots of 4 x 8 pixels (width x height), a
 patch of 16 into 4 columns and 2 rows of them, and each slot is labelled with the character whose ink centre lies in it.
+The *coverage map* labels every cell of 4 x 4 pixels with the character that covers it; it is what the ConvNeXt's second
+stage, whose cells are that small, learns first.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +24,7 @@ from fila.image_processing import FilaImageProcessor
 from fila.tokenization import ASSISTANT, EOS, IMAGE, USER
 
 SLOT_HEIGHT, SLOT_WIDTH = 8, 4
+COVER, REACH = 4, (4.5, 3.2)  # canvas pixels: side of a cell; half height and half width of a character
 CLASSES = {char: i + 1 for i, char in enumerate([*CHARSET, *SHAPES.values()])}
 NUM_CLASSES = 1 + len(CLASSES)  # class 0 is an empty slot
 IGNORE = -100
@@ -44,6 +48,27 @@ def character_map(sample: Sample) -> Tensor:
         if 0 <= row < height and 0 <= column < width and glyph.char in CLASSES:
             slots[row, column] = CLASSES[glyph.char]
     return slots
+
+
+def coverage_map(sample: Sample) -> Tensor:
+    """[canvas height / 4, canvas width / 4] int64: the class of the character over each cell, 0 for none.
+
+    A character covers the cells whose centre lies within `REACH` of its own; the nearer of two along x wins.
+    """
+    height, width = sample.canvas[0] // COVER, sample.canvas[1] // COVER
+    covered = torch.zeros(height, width, dtype=torch.int64)
+    distance = torch.full((height, width), float("inf"))
+    for glyph in sample.glyphs:
+        rows, columns = (
+            range(max(0, math.ceil((c - reach) / COVER - 0.5)), min(size, math.floor((c + reach) / COVER + 0.5)))
+            for c, reach, size in ((glyph.cy, REACH[0], height), (glyph.cx, REACH[1], width))
+        )
+        for column in columns:
+            away = abs((column + 0.5) * COVER - glyph.cx)
+            for row in rows:
+                if away < distance[row, column]:
+                    distance[row, column], covered[row, column] = away, CLASSES[glyph.char]
+    return covered
 
 
 def cells(slots: Tensor, size: int) -> Tensor:
@@ -89,6 +114,7 @@ class Page:
     size: tuple[int, int]
     layout: Layout
     slots: Tensor
+    coverage: Tensor
     input_ids: Tensor
     labels: Tensor
     pixel_values: Tensor | None
@@ -103,6 +129,7 @@ class PageBatch:
     labels: Tensor
     layouts: list[Layout]
     slots: list[Tensor]
+    coverage: list[Tensor]
 
 
 class Pages(Dataset):
@@ -150,7 +177,7 @@ class Pages(Dataset):
         if self.render:
             features = self.processor(sample.image, return_tensors="pt")
             pixels, raster = features["pixel_values"][0], features["high_res_pixel_values"][0]
-        return Page(sample.size, layout, character_map(sample), input_ids, labels, pixels, raster)
+        return Page(sample.size, layout, character_map(sample), coverage_map(sample), input_ids, labels, pixels, raster)
 
 
 def collate(pages: list[Page], pad_id: int) -> PageBatch:
@@ -164,7 +191,7 @@ def collate(pages: list[Page], pad_id: int) -> PageBatch:
     if pixels:
         inputs |= {"pixel_values": _pad(pixels, 0), "high_res_pixel_values": _pad(rasters, 0)}
     labels = _pad([p.labels for p in pages], IGNORE)
-    return PageBatch(inputs, labels, [p.layout for p in pages], [p.slots for p in pages])
+    return PageBatch(inputs, labels, [p.layout for p in pages], [p.slots for p in pages], [p.coverage for p in pages])
 
 
 def _pad(tensors: list[Tensor], value: float) -> Tensor:

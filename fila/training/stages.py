@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fila.configuration import FilaConfig
 from fila.modeling import FilaForConditionalGeneration
-from fila.training.data import IGNORE, NUM_CLASSES, PageBatch, cells, slots_per_patch, view_labels
+from fila.training.data import COVER, IGNORE, NUM_CLASSES, PageBatch, cells, slots_per_patch, view_labels
 from fila.vision import group_views
 
 EMPTY_WEIGHT = 0.2  # of an empty slot in the dense loss: nine in ten slots are empty
@@ -58,7 +58,7 @@ STAGES = {
 
 
 class CharacterHeads(nn.Module):
-    """Linear read-outs of the character map: from the ViT's tokens and from each ConvNeXt stage coarse enough.
+    """Linear read-outs of the character map: from the ViT's tokens and from each ConvNeXt stage coarse enough for it.
 
     They serve training only and are not part of the exported model.
     """
@@ -71,8 +71,8 @@ class CharacterHeads(nn.Module):
         self.maps = nn.ModuleDict()
         for stage, (stride, width) in enumerate(zip(strides, vision.convnext_config.hidden_sizes, strict=True)):
             cell = stride * patch // strides[-1]  # canvas pixels a cell covers
-            if slots_per_patch(cell):
-                self.maps[str(stage)] = nn.Linear(width, slots_per_patch(cell) * NUM_CLASSES)
+            if cell >= COVER:
+                self.maps[str(stage)] = nn.Linear(width, max(1, slots_per_patch(cell)) * NUM_CLASSES)
 
 
 class GridText(nn.Module):
@@ -109,7 +109,7 @@ class Trainee(nn.Module):
             parameter.requires_grad_(name.startswith(stage.trains))
 
     def forward(self, name: str, batch: PageBatch) -> dict[str, Tensor]:
-        """Losses of a stage by name, unweighted: "answer", "tokens", "map2", "map3"."""
+        """Losses of a stage by name, unweighted: "answer", "tokens", "map1", "map2", "map3"."""
         if name == "text":
             return {"answer": self._text(batch)}
         if name == "vision":
@@ -156,9 +156,12 @@ class Trainee(nn.Module):
             features = tower.convnext(batch.inputs["high_res_pixel_values"][group.images, :, :height, :width])
             for stage, parts in maps.items():
                 cell = config.convnext_strides[int(stage)] * config.patch_size // config.convnext_strides[-1]
-                target = torch.stack([cells(batch.slots[i], cell) for i in group.images])
+                target = [
+                    batch.coverage[i].unsqueeze(-1) if cell == COVER else cells(batch.slots[i], cell)
+                    for i in group.images
+                ]
                 logits = self.heads.maps[stage](features[int(stage)])
-                parts.append((logits.flatten(0, -2), target.flatten(0, -2)))
+                parts.append((logits.flatten(0, -2), torch.stack(target).flatten(0, -2)))
         for stage, parts in maps.items():
             logits, target = (torch.cat(column) for column in zip(*parts, strict=True))
             losses[f"map{stage}"] = dense_loss(logits, target)
