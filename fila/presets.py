@@ -5,7 +5,7 @@ from collections.abc import Callable
 from fila.configuration import FilaConfig, FilaVisionConfig
 from fila.tokenization import BOS, EOS, IMAGE, PAD, VOCABULARY
 
-NANO_CANVASES = [[128, 256], [256, 128], [256, 256], [384, 128], [128, 384]]
+NANO_CANVASES = [[64, 128], [128, 64], [128, 128], [192, 64], [64, 192]]
 
 
 def fila_llama3_8b() -> FilaConfig:
@@ -34,7 +34,11 @@ def fila_llama3_8b() -> FilaConfig:
 
 
 def fila_nano() -> FilaConfig:
-    """Seven million parameters: tile 128, patch 16 (64 tokens a view), scale 2; reads and writes single characters."""
+    """Seven million parameters that read and write single characters.
+
+    Tile 64, patch 8 (64 tokens a view), and a ConvNeXt whose stem has stride 2, so that the raster is twice the canvas: a
+    patch then holds one character or two of the text that a picture of few lines has, and a small model learns to read it.
+    """
     return FilaConfig(
         vision_config=FilaVisionConfig(
             vit_config=dict(
@@ -42,14 +46,14 @@ def fila_nano() -> FilaConfig:
                 intermediate_size=768,
                 num_hidden_layers=6,
                 num_attention_heads=6,
-                image_size=128,
-                patch_size=16,
+                image_size=64,
+                patch_size=8,
                 hidden_act="gelu",
             ),
             convnext_config=dict(
                 hidden_sizes=[32, 64, 128, 256],
                 depths=[2, 2, 4, 2],
-                patch_size=4,
+                patch_size=2,
                 # The library's 0.02 and 1e-6 suit wide and deep towers; at these widths they leave the blocks dead.
                 initializer_range=0.06,
                 layer_scale_init_value=0.5,
@@ -57,7 +61,7 @@ def fila_nano() -> FilaConfig:
             vision_feature_layer=-1,
             fusion_layers=[1, 2, 4, 5],
             image_grid_pinpoints=NANO_CANVASES,
-            high_res_size=256,
+            high_res_size=128,
         ),
         text_config=dict(
             model_type="llama",

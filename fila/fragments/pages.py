@@ -22,7 +22,7 @@ from fila.geometry import Geometry
 
 CHARSET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.,:-/%$#&()+'"
 NANO_GEOMETRY = Geometry(
-    tile=128, patch=16, stride=32, canvases=((128, 256), (256, 128), (256, 256), (384, 128), (128, 384))
+    tile=64, patch=8, stride=16, canvases=((64, 128), (128, 64), (128, 128), (192, 64), (64, 192)), fixed_size=128
 )
 MOST_FURTHER = 4
 

@@ -2,7 +2,8 @@
 
     python -m fila.training.evaluate --model fila/checkpoints/fila-nano --count 1000 --out score.json
 
-The pages are of the test split: other font families, other words. Needs the fonts listed in `fila/fragments/fonts.json`.
+The pages are of the test split: other font families, other words. Needs the fonts that `fila/fragments/fonts.json`
+lists.
 """
 
 import argparse
