@@ -5,6 +5,7 @@ Source: FILA (arXiv 2412.08378), section 3; views, resampling and padding are LL
 content rectangle times the scale is our choice: two fits drift apart by up to a canvas pixel.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -66,7 +67,7 @@ class FilaImageProcessor(BaseImageProcessor):
         {'pixel_values': (1, 5, 3, 336, 336), 'image_sizes': (1, 2), 'high_res_pixel_values': (1, 3, 1536, 1536)}
     """
 
-    model_input_names = ["pixel_values", "high_res_pixel_values", "image_sizes"]  # noqa: RUF012 (a list upstream)
+    model_input_names = ["pixel_values", "high_res_pixel_values", "image_sizes"]
     valid_kwargs = FilaImageProcessorKwargs
     backend = "pil"
 
@@ -95,10 +96,10 @@ class FilaImageProcessor(BaseImageProcessor):
         self.image_grid_pinpoints = [list(canvas) for canvas in image_grid_pinpoints]
         self.high_res_rule = high_res_rule
         self.high_res_size = high_res_size
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
-        self.high_res_image_mean = list(high_res_image_mean or image_mean)
-        self.high_res_image_std = list(high_res_image_std or image_std)
+        self.image_mean = _three(image_mean, "image_mean")
+        self.image_std = _three(image_std, "image_std", above=0)
+        self.high_res_image_mean = _three(high_res_image_mean or image_mean, "high_res_image_mean")
+        self.high_res_image_std = _three(high_res_image_std or image_std, "high_res_image_std", above=0)
         self.do_high_res = do_high_res
         self.resample = int(resample)
         self.max_image_side = max_image_side
@@ -206,6 +207,12 @@ class FilaImageProcessor(BaseImageProcessor):
         raster = _place(image, layout.raster, layout.raster_content, self.resample)
         out = np.empty((3, *layout.raster), np.float32)
         return _normalize(raster.transpose(2, 0, 1), self.high_res_image_mean, self.high_res_image_std, out=out)
+
+
+def _three(values: Any, name: str, above: float = -math.inf) -> list[float]:
+    if not isinstance(values, Sequence) or len(values) != 3 or not all(value > above for value in values):
+        raise ValueError(f"expected {name} to be three numbers{' above 0' if above == 0 else ''}, got {values!r}")
+    return list(values)
 
 
 @lru_cache(maxsize=64)

@@ -150,7 +150,7 @@ def test_files_damaged_anywhere_are_read_or_refused() -> None:
     files += [encoded(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in ("GIF", "PNG", "WEBP")]
     draw = random.Random(0)
     refused = 0
-    for _ in range(1_000):
+    for _ in range(500):
         data = bytearray(draw.choice(files))
         for _ in range(draw.choice((1, 5, 20))):
             data[draw.randrange(min(len(data), draw.choice((40, 200, len(data)))))] = draw.randrange(256)
@@ -160,7 +160,7 @@ def test_files_damaged_anywhere_are_read_or_refused() -> None:
                 assert load_image(bytes(data)).mode == "RGB"
             except ImageError:
                 refused += 1
-    assert 200 < refused < 1_000
+    assert 100 < refused < 500
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,181 @@
+"""Questions and pictures together: token counts, batches, mismatches, chat, save and load."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from fila import FilaImageProcessor, FilaProcessor, Geometry
+from fila.images import ImageError
+from fila.tokenization import build_character_tokenizer
+
+NANO_CANVASES = ((128, 256), (256, 128), (256, 256), (384, 128), (128, 384))
+IMAGE_ID = 4
+
+
+def picture(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(height + width).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def nano(rule: str = "scaled") -> FilaProcessor:
+    geometry = Geometry(tile=128, patch=16, canvases=NANO_CANVASES, rule=rule, fixed_size=256)
+    return FilaProcessor(FilaImageProcessor.from_geometry(geometry), build_character_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def processor() -> FilaProcessor:
+    return nano()
+
+
+@pytest.mark.parametrize("rule", ["scaled", "fixed", "direct"])
+def test_a_placeholder_becomes_the_geometrys_tokens(rule: str) -> None:
+    processor = nano(rule)
+    for size in [*NANO_CANVASES, (50, 60), (1, 900), (900, 1)]:
+        expected = processor.image_processor.geometry.layout(*size).num_tokens
+        data = processor(images=picture(*size), text="<image>Hi", return_tensors="pt")
+        assert data["input_ids"].tolist() == [[IMAGE_ID] * expected + [47, 80]]
+        planned = processor._get_num_multimodal_tokens(image_sizes=[size])
+        assert (planned.num_image_tokens, planned.num_image_patches) == ([expected], [1])
+        assert processor._get_number_of_features(*size, 128, 128) - 1 == expected
+
+
+def test_one_batch_holds_all_canvases_and_a_question_without_an_image(processor: FilaProcessor) -> None:
+    images = [picture(*size) for size in NANO_CANVASES]
+    texts = ["<image>What?"] * 5 + ["2+2?"]
+    data = processor(images=[[image] for image in images] + [[]], text=texts, padding=True, return_tensors="pt")
+    assert data["pixel_values"].shape[0] == data["high_res_pixel_values"].shape[0] == 5
+    for i, text in enumerate(texts):
+        alone = processor(images=images[i : i + 1], text=text, return_tensors="pt")
+        length = alone["input_ids"].shape[1]
+        assert torch.equal(data["input_ids"][i, -length:], alone["input_ids"][0])
+        assert data["attention_mask"][i].tolist() == [0] * (data["input_ids"].shape[1] - length) + [1] * length
+    flat = processor(images=images, text=texts, padding=True, return_tensors="pt")
+    assert all(torch.equal(flat[name], data[name]) for name in data)
+
+
+def test_several_images_keep_their_order(processor: FilaProcessor) -> None:
+    sizes = [(128, 256), (384, 128)]
+    counts = [processor.image_processor.geometry.layout(*size).num_tokens for size in sizes]
+    data = processor(images=[picture(*size) for size in sizes], text="a<image>b<image>", return_tensors="pt")
+    assert data["input_ids"][0].tolist() == [72] + [IMAGE_ID] * counts[0] + [73] + [IMAGE_ID] * counts[1]
+    assert data["image_sizes"].tolist() == [list(size) for size in sizes]
+
+
+@pytest.mark.parametrize("nothing", [None, [], [[], []]])
+def test_questions_without_images(processor: FilaProcessor, nothing: object) -> None:
+    data = processor(images=nothing, text=["Hi", "H"], padding=True, return_tensors="pt")
+    assert set(data) == {"input_ids", "attention_mask"}
+
+
+def test_images_without_questions(processor: FilaProcessor) -> None:
+    assert "input_ids" not in processor(images=picture(9, 9), return_tensors="pt")
+
+
+IMAGES = [picture(20, 30), picture(30, 20)]
+
+
+@pytest.mark.parametrize(
+    "images, text, message",
+    [
+        (IMAGES[:1], "What?", "got 0 placeholders in 1 texts and 1 images"),
+        (IMAGES[:1], "<image><image>", "got 2 placeholders in 1 texts and 1 images"),
+        (IMAGES, "<image>What?", "got 1 placeholders in 1 texts and 2 images"),
+        (None, "<image>What?", "got 1 placeholders in 1 texts and 0 images"),
+        ([[]], "<image>What?", "got 1 placeholders in 1 texts and 0 images"),
+        (IMAGES[:1], ["<image>", "<image>"], "got 2 placeholders in 2 texts and 1 images"),
+        ([IMAGES[:1], IMAGES[1:]], ["<image><image>", "a"], "text 0: .*got 2 placeholders and 1 images"),
+        ([IMAGES[:1], IMAGES[1:]], ["<image><image>"], "one list of images for each text, got 2 lists and 1 texts"),
+        (None, 5, "expected text to be a string or a list of strings, got int"),
+        (None, ["a", None], "expected text to be a string or a list of strings"),
+        (None, None, "at least one input"),
+    ],
+)
+def test_mismatches_are_refused(processor: FilaProcessor, images: object, text: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor(images=images, text=text)
+
+
+def test_truncation_never_cuts_an_image_in_silence(processor: FilaProcessor) -> None:
+    with pytest.raises(ValueError, match="Mismatch"):
+        processor(images=IMAGES[:1], text="<image>Hi", truncation=True, max_length=20)
+
+
+def test_pictures_come_as_paths_bytes_and_arrays(processor: FilaProcessor, tmp_path: Path) -> None:
+    image = picture(20, 30)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    path = tmp_path / "picture.png"
+    path.write_bytes(file.getvalue())
+    expected = processor(images=image, text="<image>", return_tensors="pt")
+    array = np.asarray(image)
+    for source, options in (
+        (path, {}),
+        (str(path), {}),
+        ([file.getvalue()], {}),
+        (array, {"input_data_format": "channels_last"}),
+        (array[None], {"images_kwargs": {"input_data_format": "channels_last"}}),
+        (torch.tensor(array).permute(2, 0, 1), {"input_data_format": "channels_first"}),
+    ):
+        data = processor(images=source, text="<image>", return_tensors="pt", **options)
+        assert all(torch.equal(data[name], expected[name]) for name in expected)
+    with pytest.raises(ImageError, match="input_data_format"):
+        processor(images=array, text="<image>")
+    with pytest.raises(ImageError, match="expected a picture"):
+        processor(images=b"nonsense", text="<image>")
+
+
+def test_calls_cannot_change_the_geometry(processor: FilaProcessor) -> None:
+    with pytest.raises(ValueError, match="high_res_rule cannot be changed for one call"):
+        processor(images=IMAGES[0], text="<image>", high_res_rule="direct")
+
+
+def test_chat_reads_the_pictures_in_it(processor: FilaProcessor) -> None:
+    image = picture(20, 30)
+    content = [{"type": "text", "text": "What?"}, {"type": "image", "image": image}]
+    messages = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert text == "<bos><user><image>What?<assistant>"
+    expected = processor(images=image, text=text, return_tensors="pt")
+    data = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert all(torch.equal(data[name], expected[name]) for name in expected)
+
+
+def test_a_placeholder_typed_by_a_user_is_refused(processor: FilaProcessor) -> None:
+    content = [{"type": "text", "text": "What is <image>?"}, {"type": "image", "image": picture(20, 30)}]
+    with pytest.raises(ValueError, match="got 2 placeholders and 1 images"):
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
+
+
+def test_image_tokens_can_be_told_from_text(processor: FilaProcessor) -> None:
+    data = processor(images=IMAGES[0], text="<image>Hi", return_mm_token_type_ids=True, return_tensors="pt")
+    assert torch.equal(data["mm_token_type_ids"], (data["input_ids"] == IMAGE_ID).long())
+
+
+def test_a_tokenizer_without_the_placeholder_is_refused() -> None:
+    tokenizer = build_character_tokenizer()
+    tokenizer.image_token = "<picture>"
+    with pytest.raises(ValueError, match="expected a tokenizer with the token '<picture>'"):
+        FilaProcessor(FilaImageProcessor(), tokenizer)
+
+
+def test_save_and_load(processor: FilaProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    expected = processor(images=IMAGES, text=["<image>What?"] * 2, padding=True, return_tensors="pt")
+    for loaded in (FilaProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is FilaProcessor
+        assert type(loaded.image_processor) is FilaImageProcessor
+        assert loaded.to_dict() == processor.to_dict()
+        assert loaded.chat_template == processor.chat_template
+        data = loaded(images=IMAGES, text=["<image>What?"] * 2, padding=True, return_tensors="pt")
+        assert all(torch.equal(data[name], expected[name]) for name in expected)
+
+
+def test_names_of_inputs(processor: FilaProcessor) -> None:
+    data = processor(images=IMAGES[0], text="<image>", return_tensors="pt")
+    assert set(data) == set(processor.model_input_names)
