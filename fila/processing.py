@@ -35,12 +35,13 @@ class FilaProcessor(LlavaNextProcessor):
         ImageError: if a picture cannot be used.
 
     Example:
+        >>> from PIL import Image
         >>> from fila import FilaImageProcessor, FilaProcessor
         >>> from fila.tokenization import build_character_tokenizer
         >>> processor = FilaProcessor(FilaImageProcessor(), build_character_tokenizer())
         >>> inputs = processor(images=Image.new("RGB", (336, 672)), text="<image>What?", return_tensors="pt")
         >>> inputs["input_ids"].shape, inputs["pixel_values"].shape
-        (torch.Size([1, 1757]), torch.Size([1, 3, 3, 336, 336]))
+        (torch.Size([1, 1781]), torch.Size([1, 3, 3, 336, 336]))
     """
 
     def __init__(
