@@ -45,7 +45,7 @@ def test_closed_gates_and_no_fusion_leave_clip_untouched(fields):
     if "vision_feature_layer" in fields:
         fields = {**fields, "fusion_layers": [1, 2, 3, 4]}
     model = nano_vision(**fields)
-    inputs = pictures(model, [(256, 256), (128, 256)])
+    inputs = pictures(model, [(128, 128), (64, 128)])
     got = model(**inputs).last_hidden_state
     tiles = torch.cat([p[: model.config.geometry().layout(*s).num_views] for p, s in zip(
         inputs["pixel_values"], inputs["image_sizes"].tolist(), strict=True)])  # fmt: skip
@@ -57,7 +57,7 @@ def test_closed_gates_and_no_fusion_leave_clip_untouched(fields):
 @torch.no_grad()
 def test_open_gates_change_every_fusion_depth():
     model = nano_vision()
-    inputs = pictures(model, [(256, 256)])
+    inputs = pictures(model, [(128, 128)])
     closed = model(**inputs).last_hidden_state
     for fusion in model.fusion:
         fusion.alpha.fill_(0.5)
@@ -68,7 +68,7 @@ def test_open_gates_change_every_fusion_depth():
 @pytest.mark.parametrize("gate", ["product", "scale"])
 def test_a_closed_gate_silences_a_non_finite_branch_and_still_learns(gate):
     model = nano_vision(fusion_gate=gate)
-    inputs = pictures(model, [(256, 256)])
+    inputs = pictures(model, [(128, 128)])
     expected = model(**inputs).last_hidden_state.detach()
     model(**inputs).last_hidden_state.sum().backward()
     assert all(f.alpha.grad is not None and f.alpha.grad.item() != 0 for f in model.fusion)
@@ -87,7 +87,7 @@ def test_a_batch_of_all_canvases_equals_each_picture_alone_and_never_reads_paddi
     model = nano_vision()
     for fusion in model.fusion:
         fusion.alpha.fill_(0.5)
-    sizes = [(256, 256), (130, 400), (128, 256), (256, 250), (256, 128), (400, 130), (128, 256)]
+    sizes = [(128, 128), (65, 200), (64, 128), (128, 125), (128, 64), (200, 65), (64, 128)]
     inputs = pictures(model, sizes)
     assert {model.config.geometry().layout(*s).canvas for s in sizes} == {tuple(c) for c in NANO_CANVASES}
     together = model(**inputs).last_hidden_state
@@ -104,7 +104,7 @@ def test_every_high_resolution_rule_runs(rule):
     model = nano_vision(high_res_rule=rule)
     for fusion in model.fusion:
         fusion.alpha.fill_(0.5)
-    sizes = [(300, 200), (128, 384)]
+    sizes = [(150, 100), (64, 192)]
     views = sum(model.config.geometry().layout(*s).num_views for s in sizes)
     assert model(**pictures(model, sizes)).last_hidden_state.shape == (views, 65, 192)
 
@@ -113,7 +113,7 @@ def test_gradient_checkpointing_changes_nothing():
     model = nano_vision().train()
     for fusion in model.fusion:
         fusion.alpha.data.fill_(0.5)
-    inputs = pictures(model, [(256, 128)])
+    inputs = pictures(model, [(128, 64)])
     grads = []
     for checkpointed in (False, True):
         model.zero_grad()
@@ -128,14 +128,14 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_misfit_tensors_are_refused_by_name():
     model = nano_vision()
-    good = pictures(model, [(256, 256), (128, 256)])
+    good = pictures(model, [(128, 128), (64, 128)])
     for change, message in (
         ({"image_sizes": None}, r"expected image_sizes \[n_images, 2\]"),
-        ({"image_sizes": torch.tensor([[256, 256]])}, r"one row of image_sizes per picture \(2\), got 1"),
+        ({"image_sizes": torch.tensor([[128, 128]])}, r"one row of image_sizes per picture \(2\), got 1"),
         ({"pixel_values": good["pixel_values"][:, :2]}, "expected at least 5 views for these image sizes, got 2"),
-        ({"pixel_values": good["pixel_values"][..., :64]}, r"expected pixel_values .* got \[2, 5, 3, 128, 64\]"),
+        ({"pixel_values": good["pixel_values"][..., :32]}, r"expected pixel_values .* got \[2, 5, 3, 64, 32\]"),
         ({"high_res_pixel_values": None}, "expected high_res_pixel_values beside pixel_values"),
-        ({"high_res_pixel_values": good["high_res_pixel_values"][..., :300]}, ">= 512, >= 512"),
+        ({"high_res_pixel_values": good["high_res_pixel_values"][..., :150]}, ">= 256, >= 256"),
         ({"image_sizes": torch.tensor([[0, 5], [5, 5]])}, "at least 1x1 pixels, got 0x5"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -149,7 +149,7 @@ def test_misfit_tensors_are_refused_by_name():
         ({"fusion_layers": [1, 2, 4, 6]}, r"in 0\.\.5"),
         ({"fusion_layers": [2, 1, 4, 5]}, "ascending"),
         ({"image_grid_pinpoints": [[100, 128]]}, "multiple of the tile"),
-        ({"high_res_size": 100}, "multiple of the ConvNeXt's stride 32"),
+        ({"high_res_size": 100}, "multiple of the ConvNeXt's stride 16"),
         ({"vision_feature_layer": -7}, "leaves no layer"),
         ({"fusion_gate": "sum"}, "fusion_gate"),
     ],
