@@ -1,0 +1,286 @@
+"""From a picture and a question to an answer, and with it how it came about: layout, times, backend, warnings."""
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+import fila_kernels
+from fila.geometry import Layout
+from fila.images import ImageSource, ImageWarning, load_image
+from fila.loading import CheckpointError, load, quiet
+from fila.modeling import FilaForConditionalGeneration
+from fila.processing import FilaProcessor
+
+__all__ = [
+    "Answer",
+    "CheckpointError",
+    "answer",
+    "answer_batch",
+    "check_question",
+    "fusion_backend",
+    "load",
+    "read_picture",
+]
+
+MAX_NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said about one picture, and how it came to it.
+
+    Attributes:
+        picture: what the picture is called in messages.
+        question, text: what was asked and what the model answered, special tokens left out.
+        image_size: height and width, image pixels, after EXIF rotation.
+        canvas: height and width, canvas pixels. tiles: rows and columns; (0, 0) where the model does not crop.
+        tiles_reach_llm: False for pictures so long that LLaVA-NeXT's unpadding leaves no tile token.
+        visual_tokens: embeddings the language model received for the picture, newlines included.
+        seconds: of "preprocess", "encode" (the hybrid encoder) and "generate" (the rest); of the whole batch.
+        backend: "choice" and "why" of the CVFM's backend, and per fusion depth the forward plan and why.
+        warnings: what a user should know before relying on the answer.
+    """
+
+    picture: str
+    question: str
+    text: str
+    image_size: tuple[int, int]
+    canvas: tuple[int, int]
+    tiles: tuple[int, int]
+    tiles_reach_llm: bool
+    visual_tokens: int
+    seconds: dict[str, float]
+    backend: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def answer(
+    model: FilaForConditionalGeneration,
+    processor: FilaProcessor,
+    image: ImageSource,
+    question: str,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    name: str | None = None,
+) -> Answer:
+    """The greedy answer to a question about one picture; see `answer_batch`.
+
+    Args:
+        image: anything `fila.images.load_image` reads. name: what to call it in messages.
+
+    Example:
+        >>> model, processor = load()                                                      # doctest: +SKIP
+        >>> answer(model, processor, "examples/receipt.png", "What is the total?").text    # doctest: +SKIP
+    """
+    return answer_batch(model, processor, [image], [question], max_new_tokens=max_new_tokens, names=[name])[0]
+
+
+@torch.inference_mode()
+def answer_batch(
+    model: FilaForConditionalGeneration,
+    processor: FilaProcessor,
+    images: Sequence[ImageSource],
+    questions: Sequence[str],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    names: Sequence[str | None] | None = None,
+) -> list[Answer]:
+    """Greedy answers, one question a picture, in one batch.
+
+    Args:
+        images, questions: as many of the one as of the other. names: what to call the pictures in messages.
+        max_new_tokens: longest answer, tokens; a longer one is cut off and a warning says so.
+
+    Raises:
+        ImageError: a picture cannot be used.
+        ValueError: an empty question, one that holds a special token, one too long for the model; a number of new
+            tokens out of range; a model that computes something else than finite numbers.
+    """
+    if len(images) != len(questions):
+        raise ValueError(f"expected one question a picture, got {len(questions)} for {len(images)}")
+    if not images:
+        return []
+    for question in questions:
+        check_question(processor, question)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    device = model.device
+    clock = _Clock(device)
+
+    pictures, notes = [], []
+    for image, name in zip(images, names or [None] * len(images), strict=True):
+        picture, found = read_picture(image, processor, name)
+        pictures.append(picture)
+        notes.append(found)
+    prompts = [_prompt(processor, question) for question in questions]
+    inputs = processor(images=pictures, text=prompts, return_tensors="pt", padding=True).to(device)
+    _check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
+    clock.lap("preprocess")
+
+    with clock.around(model.model.vision_tower, "encode"):
+        # A generated image token would ask for an image feature that does not exist.
+        with quiet():
+            out = model.generate(
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                suppress_tokens=[model.config.image_token_id], return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+        clock.lap("generate", without="encode")
+    if not all(torch.isfinite(logits).all() for logits in out.logits):
+        raise ValueError(f"expected finite numbers from the model in {model.dtype}, got NaN or infinity")
+
+    ends = _end_tokens(model)
+    new_tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+    answers = []
+    for i, (picture, question, said) in enumerate(zip(pictures, questions, new_tokens.tolist(), strict=True)):
+        layout = processor.image_processor.geometry.layout(picture.height, picture.width)
+        found = [*notes[i], *_layout_notes(layout), *_question_notes(processor, question)]
+        if not ends & set(said):
+            found.append(f"the answer was cut off after {max_new_tokens} tokens")
+        answers.append(
+            Answer(
+                picture=str((names or [])[i] if names and names[i] else _source_name(images[i])),
+                question=question,
+                text=processor.decode(said, skip_special_tokens=True).strip(),
+                image_size=(picture.height, picture.width),
+                canvas=layout.canvas,
+                tiles=(layout.rows, layout.columns),
+                tiles_reach_llm=layout.tiles_reach_llm,
+                visual_tokens=layout.num_tokens,
+                seconds=dict(clock.seconds),
+                backend=fusion_backend(model, layout),
+                warnings=tuple(found),
+            )
+        )
+    return answers
+
+
+def check_question(processor: FilaProcessor, question: str) -> None:
+    """Refuses what is no question.
+
+    Raises:
+        ValueError: empty, not text, or with a special token spelled out, which the tokenizer would take for one.
+    """
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"question: expected some text, got {question!r}")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"question: expected text in UTF-8, got {question!r}") from error
+    for token in processor.tokenizer.all_special_tokens:
+        if token in question:
+            raise ValueError(
+                f"question: expected plain text, got the special token {token!r} in it; leave it out "
+                "(the picture needs no placeholder)"
+            )
+
+
+def fusion_backend(model: FilaForConditionalGeneration, layout: Layout) -> dict[str, Any]:
+    """The backend and, for each fusion depth, the forward plan that a picture of this layout is encoded with."""
+    tower = model.model.vision_tower
+    config = tower.config
+    if not len(tower.fusion):
+        return {"choice": "none", "why": "the model has fusion off", "stages": []}
+    tokens = (layout.num_views, 1 + layout.geometry.grid**2, config.hidden_size)
+    stages = []
+    for i, (fusion, stride) in enumerate(zip(tower.fusion, config.convnext_strides, strict=True)):
+        height, width = (side // stride for side in layout.raster)
+        found = fila_kernels.explain(
+            tokens, (1, height, width, config.convnext_config.hidden_sizes[i]), config.fusion_hidden_size,
+            dtype=model.dtype, device=model.device, plan=fusion.plan, backend=fusion.backend,
+        )  # fmt: skip
+        stages.append({"vit_layer": config.fusion_layers[i], "convnext_stage": i + 1, "forward": found["forward"]})
+    return {**found["backend"], "stages": stages}
+
+
+class _Clock:
+    """Seconds by name; an accelerator is waited for before each reading."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.last = self.now()
+
+    def now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+    def lap(self, name: str, without: str | None = None) -> None:
+        """Time since the last lap, less what has been counted under another name within it."""
+        now = self.now()
+        self.seconds[name] = now - self.last - (self.seconds.get(without, 0.0) if without else 0.0)
+        self.last = now
+
+    @contextmanager
+    def around(self, module: nn.Module, name: str) -> Iterator[None]:
+        """Adds up the time of a module's calls."""
+        self.seconds[name] = 0.0
+        started: list[float] = []
+
+        def before(*_: Any) -> None:
+            started.append(self.now())
+
+        def after(*_: Any) -> None:
+            self.seconds[name] += self.now() - started.pop()
+
+        hooks = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def read_picture(image: ImageSource, processor: FilaProcessor, name: str | None) -> tuple[Image.Image, list[str]]:
+    """A picture and what was worth a warning about it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ImageWarning)
+        picture = load_image(image, max_side=processor.image_processor.max_image_side, name=name)
+    return picture, [str(w.message) for w in caught if issubclass(w.category, ImageWarning)]
+
+
+def _source_name(image: ImageSource) -> str:
+    return str(image) if isinstance(image, (str, Path)) else type(image).__name__
+
+
+def _prompt(processor: FilaProcessor, question: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def _check_length(model: FilaForConditionalGeneration, prompt: int, new: int) -> None:
+    most = model.config.text_config.max_position_embeddings
+    if prompt + new > most:
+        raise ValueError(
+            f"question: expected picture, question and {new} new tokens to fit the model's {most} tokens, "
+            f"got {prompt + new}; ask a shorter question or allow fewer new tokens"
+        )
+
+
+def _layout_notes(layout: Layout) -> Iterator[str]:
+    if layout.rows and not layout.tiles_reach_llm:
+        yield (
+            f"the picture is {layout.width}x{layout.height} pixels, so long that no tile reaches the language model "
+            "(as in LLaVA-NeXT): the answer rests on the small view of the whole picture"
+        )
+
+
+def _question_notes(processor: FilaProcessor, question: str) -> Iterator[str]:
+    tokenizer = processor.tokenizer
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown in tokenizer.encode(question, add_special_tokens=False):
+        strange = [c for c in dict.fromkeys(question) if unknown in tokenizer.encode(c, add_special_tokens=False)]
+        yield f"the model does not know the characters {''.join(strange)!r} of the question"
+
+
+def _end_tokens(model: FilaForConditionalGeneration) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, (list, tuple)) else {ends}

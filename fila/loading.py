@@ -1,0 +1,228 @@
+"""Strict loading: a folder to a model and its processor, complete or not at all.
+
+`transformers` only warns where a checkpoint lacks a tensor or has one of another shape, and goes on with random numbers
+in its place. Here every such thing is a `CheckpointError` that names the tensor, what was expected and what came.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from fila.configuration import FilaConfig
+from fila.modeling import FilaForConditionalGeneration
+from fila.processing import FilaProcessor
+from fila_kernels import dispatch
+
+SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "fila-nano"
+HUB_PREFIX = "hf:"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REQUIRED_FILES = ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+MOST_NAMED = 3  # tensors named in one message
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names it, what was expected and what came."""
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    backend: str | None = None,
+) -> tuple[FilaForConditionalGeneration, FilaProcessor]:
+    """Model and processor of a checkpoint, complete or not at all.
+
+    Args:
+        path: a folder written by `save_pretrained`; `hf:owner/name` for the Hugging Face hub (nothing else here uses a
+            network); None for the `fila-nano` that is shipped with the package.
+        device: "auto" (a CUDA device if there is one), or what `torch.device` takes.
+        dtype: "auto" (float32 on a CPU, the checkpoint's own elsewhere), "float32", "bfloat16" or "float16".
+        backend: of the CVFM, see `fila_kernels.dispatch.resolve`; None leaves it to the environment and the default.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, another model's, or its tensors are not this model's.
+        ValueError: device, dtype or backend cannot be had. RuntimeError: a backend asked for by name cannot run.
+    """
+    chosen_device = resolve_device(device)
+    chosen_dtype = resolve_dtype(dtype, chosen_device)
+    dispatch.resolve(backend)
+    name, source, options = _locate(path)
+    config = _load_config(name, source, options)
+    with quiet():
+        try:
+            model, info = FilaForConditionalGeneration.from_pretrained(
+                source,
+                config=config,
+                dtype=chosen_dtype,
+                output_loading_info=True,
+                # Collected like the missing ones, and refused below; with False a report is all one sees.
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                **options,
+            )
+        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+            raise CheckpointError(f"checkpoint {name}: its weights cannot be read: {_one_line(error)}") from error
+        _refuse_wrong_tensors(name, model, info)
+        processor = _load_processor(name, source, options, config)
+    for fusion in model.model.vision_tower.fusion:
+        fusion.backend = backend
+    return model.to(chosen_device).eval(), processor
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of that name, which has to be here.
+
+    Raises:
+        ValueError: an unknown name, or a device this machine or this build of torch does not have.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    here = ["cpu"] + ([accelerator.type] if accelerator else [])
+    if device == "auto":
+        return torch.device("cuda" if "cuda" in here else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, {' or '.join(here)}, got {str(device)!r}") from error
+    count = torch.accelerator.device_count() if found.type != "cpu" else 1
+    if found.type not in here or (found.index or 0) >= count:
+        built = "" if torch.version.cuda or found.type != "cuda" else " (this build of torch is for CPUs only)"
+        raise ValueError(f"device: expected one that is here ({', '.join(here)}), got {str(device)!r}{built}")
+    return found
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
+    """The dtype to load in, "auto" standing for the checkpoint's own.
+
+    Raises:
+        ValueError: an unknown name, or float16 on a CPU, whose float16 products are some hundred times slower.
+    """
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {str(dtype)!r}")
+    if found == torch.float16 and device.type == "cpu":
+        raise ValueError("dtype: expected float32 or bfloat16 on a CPU, got 'float16', which CPUs compute very slowly")
+    assert found is not None
+    return found
+
+
+def _locate(path: str | Path | None) -> tuple[str, str, dict[str, Any]]:
+    """A name for messages, what `from_pretrained` takes, and its options: a local folder never reaches a network."""
+    if isinstance(path, str) and path.startswith(HUB_PREFIX):
+        return path, path.removeprefix(HUB_PREFIX), {}
+    folder = SHIPPED if path is None else Path(path)
+    if not folder.is_dir():
+        if path is None:
+            raise CheckpointError(
+                f"expected the shipped checkpoint at {folder}, got nothing there; name another folder"
+            )
+        got = "a file" if folder.exists() else "nothing there"
+        hint = (
+            f"; {HUB_PREFIX}{path} would fetch it from the hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
+        )
+        raise CheckpointError(f"checkpoint {path}: expected a folder, got {got}{hint}")
+    for file in REQUIRED_FILES:
+        if not (folder / file).is_file():
+            raise CheckpointError(f"checkpoint {folder}: expected a file {file}, got none")
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"checkpoint {folder}: expected a complete safetensors file {file.name}, got: {_one_line(error)}"
+            ) from error
+    return str(folder), str(folder), {"local_files_only": True}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        if not (folder / WEIGHTS).is_file():
+            raise CheckpointError(f"checkpoint {folder}: expected a file {WEIGHTS} or {WEIGHTS_INDEX}, got neither")
+        return [folder / WEIGHTS]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {WEIGHTS_INDEX} cannot be read: {_one_line(error)}") from error
+    return [folder / name for name in names]
+
+
+def _load_config(name: str, source: str, options: dict[str, Any]) -> FilaConfig:
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(source, **options)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {name}: config.json cannot be read: {_one_line(error)}") from error
+    if found.get("model_type") != "fila":
+        raise CheckpointError(f'checkpoint {name}: expected model_type "fila", got {found.get("model_type")!r}')
+    try:
+        return FilaConfig.from_dict(found)
+    except Exception as error:  # strict dataclasses and nested configurations raise nearly anything
+        raise CheckpointError(
+            f"checkpoint {name}: config.json does not describe a model: {_one_line(error)}"
+        ) from error
+
+
+def _load_processor(name: str, source: str, options: dict[str, Any], config: FilaConfig) -> FilaProcessor:
+    try:
+        processor = FilaProcessor.from_pretrained(source, **options)
+    except Exception as error:  # tokenizer files have many ways of being wrong
+        raise CheckpointError(f"checkpoint {name}: its processor cannot be made: {_one_line(error)}") from error
+    wanted, got = config.vision_config.geometry(), processor.image_processor.geometry
+    if wanted != got:
+        raise CheckpointError(f"checkpoint {name}: expected a processor for the model's {wanted}, got one for {got}")
+    for what, expected, has in (
+        ("an image token of id", config.image_token_id, processor.image_token_id),
+        ("tokens fewer than or as many as embeddings,", config.text_config.vocab_size, len(processor.tokenizer)),
+    ):
+        if (has > expected) if what.startswith("tokens") else (has != expected):
+            raise CheckpointError(f"checkpoint {name}: expected a tokenizer with {what} {expected}, got {has}")
+    return processor
+
+
+def _refuse_wrong_tensors(name: str, model: nn.Module, info: dict[str, Any]) -> None:
+    shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    found = [
+        f"tensor {key}: expected shape {list(wanted)}, got {list(got)}"
+        for key, got, wanted in sorted(info["mismatched_keys"])
+    ]
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    found += [
+        f"tensor {key}: expected shape {shapes.get(key, 'of the model')}, got no such tensor"
+        for key in sorted(set(info["missing_keys"]) - mismatched)
+    ]
+    found += [f"tensor {key}: expected no such tensor, got one" for key in sorted(info["unexpected_keys"])]
+    found += [_one_line(message) for message in info["error_msgs"]]
+    if found:
+        more = f"; and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+        raise CheckpointError(f"checkpoint {name}: {'; '.join(found[:MOST_NAMED])}{more}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' reports and progress bars; what they would say is checked here and raised."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
