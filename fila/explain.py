@@ -159,11 +159,13 @@ class _Frame:
             self.draw.rectangle((x0, y0, x1, y1), None, color, width)
 
     def label(self, rect: Rect, text: str, color: Color) -> None:
-        """A tag in the upper left corner of a rectangle."""
-        x0, y0, *_ = self.at(rect)
-        width = round(_font(15).getlength(text)) + 10
-        self.draw.rectangle((x0 + 2, y0 + 2, x0 + 2 + width, y0 + 21), color)
-        self.draw.text((x0 + 7, y0 + 12), text, PAPER if sum(color) < 420 else INK, _font(15), anchor="lm")
+        """A tag in a corner of a rectangle: an outer one, since what matters happens where rectangles meet."""
+        x0, y0, x1, y1 = self.at(rect)
+        width, height = round(_font(15).getlength(text)) + 10, 19
+        x = x1 - 3 - width if x0 + x1 > self.width + 2 else x0 + 2
+        y = y1 - 3 - height if y0 + y1 > 2 * self.head + self.height + 2 else y0 + 2
+        self.draw.rectangle((x, y, x + width, y + height), color)
+        self.draw.text((x + 5, y + 10), text, PAPER if sum(color) < 420 else INK, _font(15), anchor="lm")
 
     def dashed(self, x0: int, y0: int, x1: int, y1: int, color: Color, width: int = 3, dash: int = 9) -> None:
         """A horizontal or vertical dashed line."""

@@ -1,0 +1,85 @@
+"""Asks the shipped model about the pictures in this folder and shows what it says beside what is written there.
+
+    python examples/demo.py [--out FOLDER] [--model PATH] [--backend NAME]
+
+The pictures were made by other means than the generator the model learned from; README.md beside this file says how.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from fila import explain, inference
+from fila.images import load_image
+
+FOLDER = Path(__file__).resolve().parent
+
+
+class Case(NamedTuple):
+    """A question and what a reader of the picture would answer."""
+
+    picture: str
+    question: str
+    expected: str
+
+
+CASES = (
+    Case("receipt.png", "What is the total?", "$18.31"),
+    Case("receipt.png", "What is the date?", "14 Mar 2026"),
+    Case("chart.png", "What is above the circle?", "Mocha"),
+    Case("chart.png", "What is below the triangle?", "64"),
+    Case("scan.jpg", "What is the invoice number?", "88213"),
+    Case("scan.jpg", "What is the amount due?", "940.50"),
+)
+HEADINGS = ("picture", "question", "answer", "expected", "right", "encode s", "total s")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Asks everything, prints a table, and writes an explaining picture for each question."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=FOLDER / "out", help="folder for the explaining pictures")
+    parser.add_argument("--model", help="checkpoint folder (default: the shipped fila-nano)")
+    parser.add_argument("--backend", help="backend of the fusion (default: the best that runs)")
+    options = parser.parse_args(arguments)
+
+    start = time.perf_counter()
+    try:
+        model, processor = inference.load(options.model, backend=options.backend)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 2
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{parameters / 1e6:.1f} million parameters, {str(model.dtype).removeprefix('torch.')} on {model.device}, "
+        f"loaded in {time.perf_counter() - start:.1f} s\n"
+    )
+
+    rows, right, backend = [], 0, {}
+    for number, (picture, question, expected) in enumerate(CASES, 1):
+        image = load_image(FOLDER / picture)
+        with explain.watch_gates(model) as gates:
+            said = inference.answer(model, processor, image, question, name=picture)
+        layout = processor.image_processor.geometry.layout(image.height, image.width)
+        drawn = explain.draw(image, layout, question, said.text, gates)
+        drawn.save(options.out / f"{number}-{Path(picture).stem}.png")
+        right += said.text == expected
+        backend = said.backend
+        rows.append(
+            (picture, question, said.text, expected, "yes" if said.text == expected else "no",
+             f"{said.seconds['encode']:.2f}", f"{sum(said.seconds.values()):.2f}")
+        )  # fmt: skip
+
+    widths = [max(len(row[i]) for row in (HEADINGS, *rows)) for i in range(len(HEADINGS))]
+    for row in (HEADINGS, tuple("-" * width for width in widths), *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"\nbackend: {backend['choice']} ({backend['why']})")
+    print(f"explaining pictures: {options.out}")
+    print(f"{right} of {len(CASES)} answered right")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
