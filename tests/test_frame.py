@@ -56,10 +56,10 @@ def test_an_unknown_build_is_refused():
 
 
 def test_an_environment_with_another_torch_keeps_what_it_holds():
-    pins = {"torch": "2.13.0", "triton": "3.7.1", "ruff": "0.1"}
+    pins = {"torch": "2.13.0", "triton": "3.7.1", "ruff": "0.1", "setuptools": "84.2.1"}
     assert environment.merge_pins(pins, {}) == pins
     assert environment.merge_pins(pins, {"torch": "2.13.0+cpu", "triton": "3.6.0"}) == pins
-    kept = environment.merge_pins(pins, {"torch": "2.11.0+cu128", "triton": "3.6.0"})
+    kept = environment.merge_pins(pins, {"torch": "2.11.0+cu128", "triton": "3.6.0", "setuptools": "75.0"})
     assert kept == {"torch": "2.11.0+cu128", "triton": "3.6.0", "ruff": "0.1"}
 
 

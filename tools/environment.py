@@ -26,7 +26,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 OLDEST_PYTHON = (3, 11)
 # PyTorch's own index of CPU builds: on Linux the general registry's torch is the CUDA one, several gigabytes.
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-BUILD_TOOLS = ["setuptools", "wheel", "cmake", "ninja"]
+BUILD_TOOLS = ["setuptools>=77", "wheel", "cmake", "ninja"]
 STAMP = "fila-setup.json"
 
 
@@ -50,12 +50,13 @@ def merge_pins(pins: dict[str, str], installed: dict[str, str]) -> dict[str, str
     """The pins to install under, given what an environment holds.
 
     The project's, unless the environment came with another torch: then whatever it holds stays as it is, since that
-    torch fits its own triton, numpy and setuptools and not ours.
+    torch fits its own triton and numpy and not ours. (setuptools is left free: its torch may refuse the pinned one, the
+    build backend an old one.)
     """
     torch = installed.get("torch")
     if torch is None or torch.split("+")[0] == pins["torch"]:
         return dict(pins)
-    return {name: installed.get(name, version) for name, version in pins.items()}
+    return {name: installed.get(name, version) for name, version in pins.items() if name != "setuptools"}
 
 
 def choose_build(setting: str, has_driver: bool) -> str:
