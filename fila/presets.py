@@ -78,6 +78,7 @@ def fila_nano() -> FilaConfig:
             pad_token_id=VOCABULARY[PAD],
         ),
         image_token_index=VOCABULARY[IMAGE],
+        tie_word_embeddings=True,  # what is read is what is written
     )
 
 

@@ -6,8 +6,8 @@
     tune     stage 2 of the paper: dynamic cropping, all parameters
 
 The two halves of stage 0 stand in for the pretrained towers the paper starts from, and need not know of each other. In
-`text`, a page reaches the language model as the tokens a perfect encoder might make: for each patch the sum of one
-embedding per (slot, character). That table is dropped afterwards.
+`text`, a page reaches the language model as the tokens a perfect encoder might make: for each patch the sum of its
+characters' own embeddings, turned by one matrix per slot. Those matrices are dropped afterwards.
 
 Shapes: V views, N patches a view, D the ViT's width, S slots a patch, K `NUM_CLASSES`.
 """
@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fila.configuration import FilaConfig
+from fila.fragments.pages import CHARSET, SHAPES
 from fila.modeling import FilaForConditionalGeneration
+from fila.tokenization import VOCABULARY
 from fila.training.data import COVER, IGNORE, NUM_CLASSES, PageBatch, cells, slots_per_patch, view_labels
 from fila.vision import group_views
 
@@ -48,12 +50,18 @@ class Stage:
 
 
 STAGES = {
-    "vision": Stage(2500, 16, 1.5e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1)),
-    "text": Stage(6000, 16, 1.5e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text")),
+    "vision": Stage(800, 8, 1.5e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1)),
+    "text": Stage(1500, 8, 1.5e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text")),
     "align": Stage(
-        400, 16, 1.5e-3, ("model.multi_modal_projector", "model.vision_tower.fusion"), cropping=False, dense=(1, 1)
+        300,
+        8,
+        1.5e-3,
+        ("model.multi_modal_projector", "model.vision_tower.fusion", "heads"),
+        cropping=False,
+        dense=(1, 1),
+        warmup=30,
     ),
-    "tune": Stage(4000, 16, 8e-4, ("",), dense=(0.5, 0.05)),
+    "tune": Stage(1500, 8, 8e-4, ("",), dense=(0.5, 0.05)),
 }
 
 
@@ -80,12 +88,22 @@ class GridText(nn.Module):
 
     def __init__(self, config: FilaConfig):
         super().__init__()
-        slots = slots_per_patch(config.vision_config.patch_size)
-        self.table = nn.Parameter(torch.randn(slots, NUM_CLASSES, config.text_config.hidden_size) * 0.02)
+        slots, width = slots_per_patch(config.vision_config.patch_size), config.text_config.hidden_size
+        std = config.text_config.initializer_range
+        # The first slot starts as the identity: a character on the page then looks like the same character in a text,
+        # which makes copying easy to find. The others start near it.
+        self.turn = nn.Parameter(torch.eye(width) + 0.5 * torch.randn(slots, width, width) * width**-0.5)
+        self.turn.data[0] = torch.eye(width)
+        self.shapes = nn.Parameter(torch.randn(len(SHAPES), width) * std)
+        self.base = nn.Parameter(torch.randn(width) * std)
+        self.register_buffer("ids", torch.tensor([VOCABULARY[char] for char in CHARSET]), persistent=False)
 
-    def forward(self, labels: Tensor) -> Tensor:
-        slots = torch.arange(self.table.shape[0], device=labels.device)
-        return self.table[slots, labels.clamp(min=0)].sum(-2)
+    def forward(self, labels: Tensor, embedding: Tensor) -> Tensor:
+        """`embedding` [vocabulary, text width] is the language model's own."""
+        empty = embedding.new_zeros(1, embedding.shape[1])
+        table = torch.cat([empty, embedding[self.ids], self.shapes]) @ self.turn  # [S, K, width]
+        slots = torch.arange(len(self.turn), device=labels.device)
+        return table[slots, labels.clamp(min=0)].sum(-2) + self.base
 
 
 class Trainee(nn.Module):
@@ -129,7 +147,7 @@ class Trainee(nn.Module):
         """Answer loss on pages given as grid text."""
         model = self.export.model
         labels = [view_labels(s, layout) for s, layout in zip(batch.slots, batch.layouts, strict=True)]
-        views = self.grid_text(torch.cat(labels)).split([len(v) for v in labels])
+        views = self.grid_text(torch.cat(labels), model.get_input_embeddings().weight).split([len(v) for v in labels])
         features, _ = model.pack_image_features(
             list(views), batch.inputs["image_sizes"].tolist(), "default", model.image_newline
         )
