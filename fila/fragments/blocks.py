@@ -345,7 +345,7 @@ def prose(rng: Random, style: Style, room: int, digits: bool = True, letters: bo
     step, color = pitch(rng, em), style.color(rng)
     runs: list[Run] = []
     width = 0.0
-    for i in range(rng.randint(1, max(1, min(3, room)))):
+    for _ in range(rng.randint(1, max(1, min(3, room)))):
         parts = []
         for _ in range(rng.randint(1, 4)):
             if letters and (not digits or rng.random() < 0.8):
@@ -358,5 +358,5 @@ def prose(rng: Random, style: Style, room: int, digits: bool = True, letters: bo
             text = " ".join(parts)
         if parts:
             width = max(width, advance(face, text, em))
-            runs.append(Run(text, face, em, 0.0, i * step + baseline(face, em, step), color))
+            runs.append(Run(text, face, em, 0.0, len(runs) * step + baseline(face, em, step), color))
     return Block(runs, width, max(1, len(runs)) * step) if runs else None

@@ -6,6 +6,7 @@ The block that holds the answer is placed first, so that a seam runs through one
 import math
 from dataclasses import dataclass
 from random import Random
+from statistics import median
 
 from fila.fragments import blocks as make
 from fila.fragments import draw, seams
@@ -99,6 +100,17 @@ def ink_boxes(block: Block, run: Run) -> list[tuple[float, float, float, float] 
             found.append((x + em * m.x0, y + em * m.y0, x + em * m.x1, y + em * m.y1))
         x += em * m.advance
     return found
+
+
+def global_ink(page: Page) -> tuple[float, float]:
+    """Median (height, width) of the ink of the answer's glyphs in the global view, pixels of that view."""
+    block = page.blocks[0]
+    assert block.ask is not None
+    boxes = ink_boxes(block, block.runs[block.ask.run])[block.ask.start : block.ask.end]
+    height = median(box[3] - box[1] for box in boxes if box is not None)
+    width = median(box[2] - box[0] for box in boxes if box is not None)
+    tile, content = page.layout.geometry.tile, page.layout.content
+    return height * tile / content.height, width * tile / content.width
 
 
 def draw_layout(rng: Random, geometry: Geometry) -> Layout:

@@ -14,7 +14,7 @@ from random import Random
 from PIL import Image
 
 from fila.fragments.blocks import SHAPES
-from fila.fragments.compose import Page, find_page
+from fila.fragments.compose import Page, find_page, global_ink
 from fila.fragments.draw import draw_page
 from fila.fragments.fonts import FontSet
 from fila.fragments.turns import further_questions, reading_lines
@@ -53,6 +53,7 @@ class Sample:
         size: (height, width) of the picture in image pixels.
         more: further (question, answer) pairs about the page, for training.
         lines: the page's text in reading order, for training.
+        global_ink: median (height, width) of the answer's glyphs in the global view, pixels of that view.
     """
 
     image: Image.Image | None
@@ -66,6 +67,7 @@ class Sample:
     size: tuple[int, int] = (0, 0)
     more: list[tuple[str, str]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
+    global_ink: tuple[float, float] = (0.0, 0.0)
 
     @property
     def questions(self) -> list[tuple[str, str]]:
@@ -116,6 +118,7 @@ def make_sample(
         size,
         more,
         reading_lines(page.blocks),
+        global_ink(page),
     )
 
 
@@ -159,7 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
             record = {"file": name, "seed": seed, "question": sample.question, "answer": sample.answer,
                       "cut": sample.cut, "kind": sample.kind, "canvas": sample.canvas,
                       "glyphs": [[g.char, round(g.cx, 2), round(g.cy, 2)] for g in sample.glyphs],
-                      "answer_glyphs": sample.answer_glyphs}  # fmt: skip
+                      "answer_glyphs": sample.answer_glyphs,
+                      "global_ink": [round(side, 2) for side in sample.global_ink]}  # fmt: skip
             labels.write(json.dumps(record) + "\n")
     return 0
 

@@ -13,7 +13,6 @@ from PIL import Image
 
 CUT_SHARE = 0.2
 INTACT_SHARE = 0.01
-_MARGIN = 4  # canvas pixels around the ink: beyond the reach of the resize's kernel
 
 
 def seams(layout) -> tuple[list[int], list[int]]:

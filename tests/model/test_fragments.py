@@ -112,6 +112,11 @@ def test_answers_are_unreadable_in_the_global_view_and_readable_on_the_raster() 
             widths.append((right - left) * tile / page.layout.width)
             assert run.em * run.face.cap_height * page.layout.scale[0] >= 13
         assert median(heights) < 5 or median(widths) < 3, (seed, page.answer, heights, widths)
+        stated = compose.global_ink(page)
+        assert stated[0] < 5 or stated[1] < 3
+        # The drawn ink grows by hinting and by antialiasing, at most a pixel of the picture on each side.
+        assert stated[0] == pytest.approx(median(heights), abs=2.5 * tile / page.layout.height)
+        assert stated[1] == pytest.approx(median(widths), abs=2.5 * tile / page.layout.width)
 
 
 def test_glyph_centres_lie_on_the_drawn_ink() -> None:
@@ -175,7 +180,7 @@ def test_every_kind_and_canvas_is_reached_and_half_is_cut() -> None:
     assert {s.kind for s in samples} == set(PHRASES) == set(compose.KIND_SHARES)
     shares = Counter(s.canvas for s in samples)
     for canvas in NANO_GEOMETRY.canvases:
-        wanted = compose.CANVAS_SHARES[canvas[0] // 128, canvas[1] // 128]
+        wanted = compose.CANVAS_SHARES[canvas[0] // NANO_GEOMETRY.tile, canvas[1] // NANO_GEOMETRY.tile]
         assert shares[canvas] / len(samples) == pytest.approx(wanted, abs=0.05)
     assert sum(s.cut for s in samples) / len(samples) == pytest.approx(0.5, abs=0.06)
     for side in (True, False):
@@ -225,6 +230,23 @@ def test_words_of_the_test_are_never_trained_on() -> None:
             sample = make_sample(seed, split=split, fonts=FONTS, render=False)
             if sample.kind in ("word", "title"):
                 assert {words.split_of(w) for w in sample.answer.split()} == {split}
+
+
+def test_one_square_view_has_nothing_to_cut() -> None:
+    """Under the rule "direct" there are no tiles, hence no seams."""
+    geometry = replace(NANO_GEOMETRY, rule="direct")
+    for seed in range(6):
+        sample = make_sample(seed, split="train", fonts=FONTS, geometry=geometry)
+        assert sample.cut is False
+        assert sample.canvas == (geometry.tile, geometry.tile)
+        assert sample.image.height == sample.image.width
+
+
+def test_reading_lines_hold_the_whole_page() -> None:
+    for seed in range(40):
+        sample = make_sample(seed, split="train", fonts=FONTS, render=False)
+        written = Counter(g.char for g in sample.glyphs if g.char not in SHAPES.values())
+        assert Counter("".join(sample.lines).replace(" ", "")) == written
 
 
 def test_share_of_ink_on_each_side() -> None:
