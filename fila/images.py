@@ -98,9 +98,10 @@ def _as_file(source: Any, name: str | None) -> tuple[IO[bytes], str]:
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise ImageError(f"{name or source}: expected a file, got a URL; nothing is fetched from the network here")
     if isinstance(source, (str, os.PathLike)):
-        name = name or os.fspath(source)
+        path = os.fspath(source)
+        name = name or (path if len(path) <= 200 else path[:200] + "...")
         try:
-            return Path(source).open("rb"), str(name)
+            return Path(path).open("rb"), name
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             reason = getattr(error, "strerror", None) or str(error)
             raise ImageError(f"{name}: expected a picture file, got: {reason}") from error

@@ -185,6 +185,8 @@ def test_paths_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         load_image(tmp_path)
     with pytest.raises(ImageError, match="null"):
         load_image("a\0b")
+    with pytest.raises(ImageError, match=r"^iVBORw{195}\.\.\.: expected a picture file, got: File name too long"):
+        load_image("iVBOR" + "w" * 5_000)  # the contents of a file where its path belongs
 
 
 @pytest.mark.parametrize(
