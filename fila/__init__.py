@@ -3,7 +3,10 @@
 Importing the package registers its classes with transformers' Auto classes, so that `from_pretrained` finds them.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+# Not from the top level: without torchvision, transformers 5.17 has a stand-in there that only raises.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from fila.configuration import FilaConfig, FilaVisionConfig
 from fila.geometry import Geometry, Layout

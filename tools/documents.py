@@ -3,7 +3,7 @@
     python tools/documents.py           # rewrite what is between <!-- generated: NAME --> and <!-- end -->
     python tools/documents.py --check   # exit 1 where a document is out of date
 
-Sources: `fila/checkpoints/fila-nano/training/*.json` (held-out scores), `bench/results/cpu.csv` (measured times), and the
+Sources: `fila/checkpoints/fila-nano/training/*.json` (held-out scores), `bench/results/cpu.csv` (times), and the
 presets themselves (parameter counts).
 """
 

@@ -180,6 +180,19 @@ class Pages(Dataset):
         return Page(sample.size, layout, character_map(sample), coverage_map(sample), input_ids, labels, pixels, raster)
 
 
+class Curriculum(Dataset):
+    """Easy pages alone up to index `until`, then one in four among the full ones. Both must have the same length."""
+
+    def __init__(self, easy: Pages, full: Pages, until: int):
+        self.easy, self.full, self.until, self.tokenizer = easy, full, until, full.tokenizer
+
+    def __len__(self) -> int:
+        return len(self.full)
+
+    def __getitem__(self, index: int) -> Page:
+        return (self.easy if index < self.until or index % 4 == 0 else self.full)[index]
+
+
 def collate(pages: list[Page], pad_id: int) -> PageBatch:
     """Pads to the batch's largest; padding is transport only and is cut off again by the model."""
     inputs = {
@@ -202,7 +215,7 @@ def _pad(tensors: list[Tensor], value: float) -> Tensor:
     return out
 
 
-def loader(pages: Pages, batch_size: int, start: int, workers: int = 1) -> DataLoader:
+def loader(pages: Pages | Curriculum, batch_size: int, start: int, workers: int = 1) -> DataLoader:
     """Batches of consecutive pages from page `start` on, drawn ahead in worker processes."""
     return DataLoader(
         pages,

@@ -28,7 +28,7 @@ from fila.image_processing import FilaImageProcessor
 from fila.modeling import FilaForConditionalGeneration
 from fila.presets import preset
 from fila.tokenization import build_character_tokenizer
-from fila.training.data import Pages, loader
+from fila.training.data import Curriculum, Pages, loader
 from fila.training.stages import STAGES, Stage, Trainee
 
 PREDECESSORS = {"vision": (), "text": (), "align": ("vision", "text"), "tune": ("align",)}
@@ -82,16 +82,23 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
         print(f"{name}: going on from step {step}", flush=True)
 
     tokenizer = build_character_tokenizer()
-    pages = Pages(
-        FilaImageProcessor(**processor_fields(geometry)),
-        tokenizer,
-        geometry,
-        FontSet.installed("train"),
-        split="train",
-        seed=args.seed + SEEDS[name],
-        length=stage.steps * stage.batch,
-        render=name != "text",
-    )
+    length, fonts = stage.steps * stage.batch, FontSet.installed("train")
+
+    def drawn(rules: Geometry) -> Pages:
+        return Pages(
+            FilaImageProcessor.from_geometry(rules),
+            tokenizer,
+            rules,
+            fonts,
+            split="train",
+            seed=args.seed + SEEDS[name],
+            length=length,
+            render=name != "text",
+        )
+
+    pages: Pages | Curriculum = drawn(geometry)
+    if stage.easy:
+        pages = Curriculum(drawn(replace(geometry, rule="direct")), pages, int(stage.easy * length))
     log = Log(args.out / f"{name}.csv", {"stage": asdict(stage), "seed": args.seed, "threads": args.threads})
     trainee.train()
     saved_at = time.monotonic()
@@ -122,18 +129,6 @@ def build(name: str, cropping: bool = True) -> tuple[Trainee, Geometry]:
     if not cropping:
         config.vision_config.high_res_rule = "direct"
     return Trainee(FilaForConditionalGeneration(config)), config.vision_config.geometry()
-
-
-def processor_fields(geometry: Geometry) -> dict:
-    """The image processor's fields for a geometry."""
-    return dict(
-        tile_size=geometry.tile,
-        patch_size=geometry.patch,
-        high_res_stride=geometry.stride,
-        image_grid_pinpoints=[list(c) for c in geometry.canvases],
-        high_res_rule=geometry.rule,
-        high_res_size=geometry.fixed_size,
-    )
 
 
 def make_optimizer(learning: Mapping[str, Tensor], lr: float) -> torch.optim.AdamW:

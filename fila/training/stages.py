@@ -38,6 +38,7 @@ class Stage:
         trains: parts that learn, by the first words of their parameters' names.
         cropping: False for the rule "direct".
         dense: weight of the character-map loss at the start and at the end.
+        easy: share of the steps that see pages of one view only, before pages of all canvases join them.
     """
 
     steps: int
@@ -47,11 +48,12 @@ class Stage:
     cropping: bool = True
     dense: tuple[float, float] = (0.0, 0.0)
     warmup: int = 100
+    easy: float = 0.0
 
 
 STAGES = {
     "vision": Stage(800, 8, 1.5e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1)),
-    "text": Stage(1500, 8, 1.5e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text")),
+    "text": Stage(1500, 8, 1.5e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text"), easy=0.4),
     "align": Stage(
         300,
         8,
