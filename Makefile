@@ -41,8 +41,9 @@ format: setup ## rewrite sources in the project's format
 bench: setup ## run the benchmarks of bench/
 	$(RUN) -m bench.run $(ARGS)
 
-train-nano: setup ## train fila-nano from nothing (hours on a CPU; resumes)
-	$(RUN) -m fila.training.run $(ARGS)
+train-nano: setup ## train fila-nano from nothing into runs/nano (hours on a CPU; goes on where it stopped)
+	for stage in vision text align tune; do $(RUN) -m fila.training.run $$stage --out runs/nano $(ARGS) || exit; done
+	$(RUN) -m fila.training.export --run runs/nano --out runs/nano/fila-nano
 
 clean: ## remove builds and caches (.venv stays)
 	rm -rf build dist *.egg-info fila_kernels/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
