@@ -70,10 +70,11 @@ class _Cvfm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6, 7, 8)]
-        inputs = ctx.saved_tensors[:9]
+        # Read once: checkpointing computes saved tensors again at every look.
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            found = _ops.cvfm_backward(grad, *ctx.saved_tensors, *ctx.settings, needs)
-        found = _once(found, (grad, *inputs))
+            found = _ops.cvfm_backward(grad, *saved, *ctx.settings, needs)
+        found = _once(found, (grad, *saved[:9]))
         tokens, features, *parameters = (g if n else None for g, n in zip(found, needs, strict=True))
         return tokens, features, None, None, *parameters, None, None, None, None
 
@@ -184,7 +185,7 @@ def cvfm(
         >>> torch.equal(out[:, 0], tokens[:, 0])
         True
     """
-    if torch.is_autocast_enabled(tokens.device.type):
+    if tokens.device.type != "meta" and torch.is_autocast_enabled(tokens.device.type):
         dtype = torch.get_autocast_dtype(tokens.device.type)
         tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha = (
             tensor if tensor.dtype == torch.float64 else tensor.to(dtype)

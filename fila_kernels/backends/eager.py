@@ -183,16 +183,29 @@ def forward(call: Call, hidden: Tensor | None, branch: Tensor | None) -> Tensor:
         )
         if not closed:
             patches = tokens[first:last, shape.prefix :]
-            gated = _gated(m, call, m_scratch[:count]).view(patches.shape)
-            torch.add(patches, gated, out=out[first:last, shape.prefix :])
+            torch.add(patches, _gated(m, call).view(patches.shape), out=out[first:last, shape.prefix :])
     return out
 
 
-def _gated(m: Tensor, call: Call, scratch: Tensor) -> Tensor:
-    """tanh(alpha M) or tanh(alpha) M in `scratch`, which may be M itself."""
+def _gated(m: Tensor, call: Call) -> Tensor:
+    """tanh(alpha M) or tanh(alpha) M in at least float32, so that only the sum with the tokens is rounded."""
     if not call.on_cpu:
         # A zero gate times a non-finite entry is nothing, not NaN.
         m = m.masked_fill(~torch.isfinite(m) & (call.alpha == 0), 0)
-    if call.gate == "product":
-        return torch.mul(m, call.alpha, out=scratch).tanh_()
-    return torch.mul(m, call.alpha.tanh(), out=scratch)
+    if call.gate == "scale":
+        return m * wide(call.alpha).tanh()
+    if m.dtype in (torch.float32, torch.float64):
+        return torch.mul(m, call.alpha).tanh_()
+    # tanh(u) = 2 sigmoid(2 u) - 1: three times as fast on a CPU, and exact to float32's rounding of 1, far below the
+    # last bit that a low-precision output holds.
+    return gate_sigmoid(m, call).mul_(2).sub_(1)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def gate_sigmoid(m: Tensor, call: Call) -> Tensor:
+    """sigmoid(2 alpha M) in at least float32; tanh is 2 s - 1 and its slope 4 s (1 - s)."""
+    return torch.mul(m, 2 * wide(call.alpha)).sigmoid_()

@@ -1,16 +1,16 @@
 """The `torch` backend's backward pass: deterministic, one writer for each element, saved tensors only read.
 
 Beside the results it holds two buffers of [T * N, max(D, H)]: dM, and A, whose place dZ takes chunk by chunk.
-Weight gradients are one GEMM over all rows each, since partial sums would be rounded once a chunk.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fila_kernels.backends.eager import Call, FirstLayer, crop_resize, crop_resize_backward
+from fila_kernels.backends.eager import Call, FirstLayer, crop_resize, crop_resize_backward, gate_sigmoid, wide
 
 
 class Needs(NamedTuple):
@@ -131,19 +131,29 @@ def _second_layer(
         if m is None:
             assert activated is not None
             m = torch.addmm(call.fc2_bias, activated[rows], call.fc2_weight.t(), out=scratch[: rows.stop - rows.start])
-        slope = branch_grad[rows]
-        torch.mul(m, call.alpha, out=slope).tanh_()
-        torch.ops.aten.tanh_backward.grad_input(patch_grad, slope, grad_input=slope)  # (1 - tanh^2) dY
+        slope = _slope(m, patch_grad, call)
         if needs.alpha:
             part = _alpha_sum(slope, m, call)
             total = part if total is None else total + part
-        slope.mul_(call.alpha)  # dM = alpha (1 - tanh^2) dY
+        torch.mul(slope, wide(call.alpha), out=branch_grad[rows])  # dM = alpha (1 - tanh^2) dY
     if needs.fc2_bias:
         results[5] = branch_grad.sum(0)
     if needs.fc2_weight:
         assert activated is not None
-        results[4] = branch_grad.t() @ activated  # dW2 = dM' A
+        weight_grad = torch.empty_like(call.fc2_weight, memory_format=torch.contiguous_format)
+        for first, _, rows in _weight_chunks(call):  # dW2 = dM' A
+            _accumulate(weight_grad, branch_grad[rows], activated[rows], first == 0)
+        results[4] = weight_grad
     return activated, branch_grad, total
+
+
+def _slope(m: Tensor, patch_grad: Tensor, call: Call) -> Tensor:
+    """(1 - tanh^2(alpha M)) dY in at least float32: in bfloat16 the difference would leave nothing of a full gate."""
+    if m.dtype in (torch.float32, torch.float64):
+        tanh = torch.mul(m, call.alpha).tanh_()
+        return torch.ops.aten.tanh_backward.grad_input(patch_grad, tanh, grad_input=tanh)
+    sigmoid = gate_sigmoid(m, call)
+    return torch.ops.aten.sigmoid_backward.grad_input(wide(patch_grad), sigmoid, grad_input=sigmoid).mul_(4)
 
 
 def _alpha_sum(slope: Tensor, m: Tensor, call: Call) -> Tensor:
@@ -194,6 +204,21 @@ def _add_rows(call: Call, grad: Tensor, dz: Tensor, tokens_grad: Tensor, first: 
         target.copy_(torch.addmm(patch_grad, dz, call.weight_x).view(target.shape))
 
 
+def _weight_chunks(call: Call) -> Iterable[tuple[int, int, slice]]:
+    """All rows at once below float32, where each partial sum would be rounded; else chunks, which copy no tokens."""
+    if call.tokens.dtype in (torch.float32, torch.float64):
+        return call.chunks()
+    return [(0, call.shape.tiles, slice(0, call.shape.samples))]
+
+
+def _accumulate(out: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
+    """out = left' right, or out += left' right."""
+    if fresh:
+        torch.mm(left.t(), right, out=out)
+    else:
+        out.addmm_(left.t(), right)
+
+
 def _first_layer(call: Call, inner: Tensor, needs: Needs, results: list[Tensor | None]) -> None:
     """fc1's and the features' gradients from dZ."""
     shape, plan = call.shape, call.plan
@@ -211,17 +236,18 @@ def _first_layer(call: Call, inner: Tensor, needs: Needs, results: list[Tensor |
         gathered = crop_resize_backward(square(inner), call.boxes, call.image_index, maps).flatten(0, 2)  # dP = R' dZ
     if needs.fc1_weight:
         weight_grad = torch.empty_like(call.fc1_weight, memory_format=torch.contiguous_format)
-        patches = call.patches(call.tokens, 0, shape.tiles)
-        torch.mm(inner.t(), patches, out=weight_grad[:, : shape.token_width])  # dW1x = dZ' X
-        del patches
+        for first, last, rows in _weight_chunks(call):  # dW1x = dZ' X
+            patches = call.patches(call.tokens, first, last)
+            _accumulate(weight_grad[:, : shape.token_width], inner[rows], patches, first == 0)
         if plan.weight_gradient == "project_first":
             assert gathered is not None
-            left, right = gathered, call.features.reshape(-1, shape.feature_width)  # dW1s = dP' F
+            cells = call.features.reshape(-1, shape.feature_width)
+            torch.mm(gathered.t(), cells, out=weight_grad[:, shape.token_width :])  # dW1s = dP' F
         else:
-            left = inner
-            right = crop_resize(call.features, call.boxes, call.image_index, shape.grid).flatten(0, 2)  # dW1s = dZ' S
-        torch.mm(left.t(), right, out=weight_grad[:, shape.token_width :])
-        del left, right
+            sampled = crop_resize(call.features, call.boxes, call.image_index, shape.grid).flatten(0, 2)
+            for first, _, rows in _weight_chunks(call):  # dW1s = dZ' S
+                _accumulate(weight_grad[:, shape.token_width :], inner[rows], sampled[rows], first == 0)
+            del sampled
         results[2] = weight_grad
     if needs.features:
         if plan.feature_gradient == "project_first":

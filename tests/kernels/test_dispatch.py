@@ -1,0 +1,88 @@
+"""Planner, resolver and report: which way is taken, and why."""
+
+import json
+
+import pytest
+import torch
+from cases import Case
+
+from fila_kernels import crop_resize, cvfm, dispatch, explain, info, planner
+
+SHAPE = planner.Shape(5, 1, 24, 1024, 1024, 1536, 1, 24, 24)
+
+
+def test_default_and_reason(monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    name, reason = dispatch.resolve()
+    assert name == "torch"
+    assert "default" in reason
+    assert dispatch.resolve("auto")[0] == "torch"
+
+
+def test_environment_variable(monkeypatch):
+    monkeypatch.setenv("FILA_KERNELS_BACKEND", "reference")
+    assert dispatch.resolve() == ("reference", "set by FILA_KERNELS_BACKEND")
+    assert dispatch.resolve("torch")[0] == "torch"
+    monkeypatch.setenv("FILA_KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"expected one of reference, torch, triton, cuda.*got 'fast' \(set by"):
+        dispatch.resolve()
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_an_explicit_backend_that_cannot_run_raises_with_the_reason(backend):
+    inputs = Case("dispatch").inputs(torch.float32)
+    with pytest.raises(RuntimeError, match=f"'{backend}' .requested by the caller. cannot run: this version has no"):
+        cvfm(**inputs, backend=backend)
+    with pytest.raises(RuntimeError, match="cannot run"):
+        crop_resize(inputs["features"], inputs["boxes"], inputs["image_index"], 2, backend=backend)
+
+
+def test_single_pass_says_whose_it_is():
+    inputs = Case("dispatch").inputs(torch.float32)
+    with pytest.raises(RuntimeError, match="plan 'single_pass' cannot run on backend 'torch'"):
+        cvfm(**inputs, plan="single_pass")
+
+
+def test_backends_agree():
+    inputs = Case("dispatch").inputs()
+    torch.testing.assert_close(cvfm(**inputs, backend="torch"), cvfm(**inputs, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
+def test_planner_projects_small_maps_and_samples_large_ones(dtype):
+    cpu = torch.device("cpu")
+    small = planner.choose(SHAPE, dtype, cpu)
+    large = planner.choose(SHAPE._replace(feature_width=192, height=384, width=384), dtype, cpu)
+    assert (small.forward, small.weight_gradient, small.feature_gradient) == ("project_first",) * 3
+    assert (large.forward, large.weight_gradient, large.feature_gradient) == ("sample_first",) * 3
+    assert all("ms" in why for why in (*small.reasons.values(), *large.reasons.values()))
+
+
+def test_a_requested_plan_is_taken_everywhere():
+    plan = planner.choose(SHAPE, torch.float32, torch.device("cpu"), "sample_first")
+    assert plan.forward == plan.weight_gradient == plan.feature_gradient == "sample_first"
+    assert set(plan.reasons.values()) == {"requested by the caller"}
+
+
+def test_explain_names_every_direction():
+    found = explain((5, 577, 1024), (1, 24, 24, 1536), dtype=torch.bfloat16)
+    assert set(found) == {"backend", "forward", "weight_gradient", "feature_gradient"}
+    assert all(entry["choice"] and entry["why"] for entry in found.values())
+    assert explain((5, 577, 1024), (1, 24, 24, 1536), backend="reference")["forward"]["choice"] == "reference"
+
+
+def test_info_prints_for_people_and_machines(capsys):
+    assert info.main([]) == 0
+    text = capsys.readouterr().out
+    for word in ("torch", "reference", "triton", "cuda", "native", "project_first", "sample_first"):
+        assert word in text
+    assert info.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["backends"]["triton"]["available"] is False
+    assert report["backend"]["choice"] in dispatch.BACKENDS
+
+
+def test_info_survives_a_backend_that_cannot_be_had(monkeypatch, capsys):
+    monkeypatch.setenv("FILA_KERNELS_BACKEND", "cuda")
+    assert info.main([]) == 0
+    assert "cannot run" in capsys.readouterr().out
