@@ -28,7 +28,7 @@ class Case(NamedTuple):
 CASES = (
     Case("receipt.png", "What is the total?", "$18.31"),
     Case("receipt.png", "What is the date?", "14 Mar 2026"),
-    Case("chart.png", "What is above the circle?", "Mocha"),
+    Case("chart.png", "What is above the square?", "Lungo"),
     Case("chart.png", "What is below the triangle?", "64"),
     Case("scan.jpg", "What is the invoice number?", "88213"),
     Case("scan.jpg", "What is the amount due?", "940.50"),

@@ -6,38 +6,33 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 TYPEFACE = "/usr/share/fonts/truetype/liberation/LiberationSerif-Regular.ttf"  # Debian: fonts-liberation
-SIZE = (500, 1000)
-LINES = [
-    (58, "Willow Clinic"),
-    (44, ""),
-    (44, "Date: 7 Nov 2025"),
-    (44, "Ref: KT-4471"),
-    (44, "Client: Robin"),
-    (44, ""),
-    (44, "Your account:"),
-    (44, ""),
-    (44, "Invoice: 88213"),
-    (44, "Amount due: 940.50"),
-    (44, "Phone: 555-0173"),
-    (44, ""),
-    (44, "Yours, M. Heron"),
+SIZE = (680, 700)
+LINES = [  # size and text; nothing but space where there is no text
+    (72, "Willow Clinic"),
+    (40, ""),
+    (60, "Date: 7 Nov 2025"),
+    (60, "Client: Robin"),
+    (60, "Invoice: 88213"),
+    (60, "Amount due: 940.50"),
+    (40, ""),
+    (60, "Yours, M. Heron"),
 ]
 
 
 def typed() -> Image.Image:
     page = Image.new("L", SIZE, 255)
     pen = ImageDraw.Draw(page)
-    y = 78
+    y = 31
     for size, text in LINES:
-        pen.text((48, y), text, 30, ImageFont.truetype(TYPEFACE, size), anchor="lt" if text else None)
-        y += round(size * (1.42 if text else 0.62))
+        pen.text((62, y), text, 30, ImageFont.truetype(TYPEFACE, size), anchor="lt" if text else None)
+        y += round(size * (1.42 if text else 0.7))
     return page
 
 
 def scanned(page: Image.Image, seed: int = 7) -> Image.Image:
     rng = np.random.default_rng(seed)
     width, height = page.size
-    ink = page.filter(ImageFilter.GaussianBlur(1.1)).rotate(-0.6, Image.Resampling.BICUBIC, fillcolor=255)
+    ink = page.filter(ImageFilter.GaussianBlur(1.4)).rotate(-0.6, Image.Resampling.BICUBIC, fillcolor=255)
     # Fibres: noise smoothed along one direction, then the other, on a slightly yellow ground.
     fibre = Image.fromarray(rng.integers(0, 256, (height, width), np.uint8)).filter(ImageFilter.GaussianBlur(2.5))
     fibre = (np.asarray(fibre, np.float32) - 127.5) * 0.35
