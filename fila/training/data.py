@@ -1,6 +1,6 @@
 """Batches for training: generated pages, the conversation about each, and where every character stands.
 
-Shapes: V views of a page, N patches a view, S = `SLOTS` character slots a patch, L text length.
+Shapes: V views of a page, N patches a view, S `slots_per_token` of the patch, L text length.
 
 The *character map* is the dense target of stage 0: the canvas is divided into slots of 4 x 8 pixels (width x height), a
 patch of 16 into 4 columns and 2 rows of them, and each slot is labelled with the character whose ink centre lies in it.
@@ -23,7 +23,7 @@ from fila.geometry import Geometry, Layout
 from fila.image_processing import FilaImageProcessor
 from fila.tokenization import ASSISTANT, EOS, IMAGE, USER
 
-SLOT_HEIGHT, SLOT_WIDTH = 8, 4
+SLOT_HEIGHT, SLOT_WIDTH, LEFT = 8, 4, 3
 COVER, REACH = 4, (4.5, 3.2)  # canvas pixels: side of a cell; half height and half width of a character
 CLASSES = {char: i + 1 for i, char in enumerate([*CHARSET, *SHAPES.values()])}
 NUM_CLASSES = 1 + len(CLASSES)  # class 0 is an empty slot
@@ -78,10 +78,32 @@ def cells(slots: Tensor, size: int) -> Tensor:
     return slots.view(rows, h, columns, w).permute(0, 2, 1, 3).reshape(rows, columns, h * w)
 
 
+def slots_per_token(patch: int) -> int:
+    """What a patch's token should know: its own slots, and for every row of them the character to the left."""
+    return slots_per_patch(patch) + patch // SLOT_HEIGHT
+
+
+def left_characters(slots: Tensor, patch: int) -> Tensor:
+    """[rows, columns, slot rows of a patch]: the last character before each patch, at most `LEFT` slots away, or 0.
+
+    It is what makes text readable in one look: "what follows a t" is then written on the very token that holds it.
+    """
+    padded = torch.nn.functional.pad(slots, (LEFT, 0))
+    first = torch.arange(0, slots.shape[1], patch // SLOT_WIDTH) + LEFT
+    left = torch.zeros(slots.shape[0], len(first), dtype=slots.dtype)
+    for away in range(LEFT, 0, -1):
+        near = padded[:, first - away]
+        left = torch.where(near > 0, near, left)
+    return left.view(-1, patch // SLOT_HEIGHT, len(first)).transpose(1, 2)
+
+
 def view_labels(slots: Tensor, layout: Layout) -> Tensor:
-    """[V, N, S]: the character map as the views see it. The global view is unreadable and carries `IGNORE`."""
-    grid = layout.geometry.grid
-    patches = cells(slots, layout.geometry.patch)
+    """[V, N, S]: the character map as the views see it, and behind it the characters to the left.
+
+    The global view is unreadable and carries `IGNORE`.
+    """
+    grid, patch = layout.geometry.grid, layout.geometry.patch
+    patches = torch.cat([cells(slots, patch), left_characters(slots, patch)], dim=-1)
     if not layout.rows:
         return patches.reshape(1, grid * grid, -1)
     tiles = patches.view(layout.rows, grid, layout.columns, grid, -1).permute(0, 2, 1, 3, 4)

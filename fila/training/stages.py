@@ -22,7 +22,16 @@ from fila.configuration import FilaConfig
 from fila.fragments.pages import CHARSET, SHAPES
 from fila.modeling import FilaForConditionalGeneration
 from fila.tokenization import VOCABULARY
-from fila.training.data import COVER, IGNORE, NUM_CLASSES, PageBatch, cells, slots_per_patch, view_labels
+from fila.training.data import (
+    COVER,
+    IGNORE,
+    NUM_CLASSES,
+    PageBatch,
+    cells,
+    slots_per_patch,
+    slots_per_token,
+    view_labels,
+)
 from fila.vision import group_views
 
 EMPTY_WEIGHT = 0.2  # of an empty slot in the dense loss: nine in ten slots are empty
@@ -53,7 +62,7 @@ class Stage:
 
 STAGES = {
     "vision": Stage(800, 8, 1.5e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1)),
-    "text": Stage(1500, 8, 1.5e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text"), easy=0.4),
+    "text": Stage(1500, 8, 1.5e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text"), easy=0.3),
     "align": Stage(
         300,
         8,
@@ -77,7 +86,7 @@ class CharacterHeads(nn.Module):
         super().__init__()
         vision = config.vision_config
         patch, strides = vision.patch_size, vision.convnext_strides
-        self.tokens = nn.Linear(vision.hidden_size, slots_per_patch(patch) * NUM_CLASSES)
+        self.tokens = nn.Linear(vision.hidden_size, slots_per_token(patch) * NUM_CLASSES)
         self.maps = nn.ModuleDict()
         for stage, (stride, width) in enumerate(zip(strides, vision.convnext_config.hidden_sizes, strict=True)):
             cell = stride * patch // strides[-1]  # canvas pixels a cell covers
@@ -90,7 +99,7 @@ class GridText(nn.Module):
 
     def __init__(self, config: FilaConfig):
         super().__init__()
-        slots, width = slots_per_patch(config.vision_config.patch_size), config.text_config.hidden_size
+        slots, width = slots_per_token(config.vision_config.patch_size), config.text_config.hidden_size
         std = config.text_config.initializer_range
         # The first slot starts as the identity: a character on the page then looks like the same character in a text,
         # which makes copying easy to find. The others start near it.
