@@ -3,13 +3,14 @@
     python tools/documents.py           # rewrite what is between <!-- generated: NAME --> and <!-- end -->
     python tools/documents.py --check   # exit 1 where a document is out of date
 
-Sources: `fila/checkpoints/fila-nano/training/*.json` (held-out scores), `bench/results/cpu.csv` (times), and the
+Sources: `fila/checkpoints/fila-nano/training/*.json` (held-out scores), `bench/results/cvfm_cpu.csv` (times), and the
 presets themselves (parameter counts).
 """
 
 import argparse
 import csv
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "docs/model.md", "docs/nano.md", "docs/benchmarks.md")
 RECORD = ROOT / "fila/checkpoints/fila-nano/training"
-CPU = ROOT / "bench/results/cpu.csv"
+CPU = ROOT / "bench/results/cvfm_cpu.csv"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -82,12 +83,41 @@ def parameters() -> str:
     return table(["part", *(f"`{name}`" for name in PRESETS)], rows)
 
 
-def measured() -> list[dict[str, str]]:
-    with CPU.open() as file:
-        return list(csv.DictReader(file))
+def cpu() -> str:
+    """Ratios of tuned eager to the `torch` backend on a CPU, by shape and direction."""
+    with CPU.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    median: dict[tuple[str, str], dict[str, float]] = {}
+    memory: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        key = row["case"], row["direction"]
+        median.setdefault(key, {})[row["variant"]] = float(row["p50_ms"])
+        memory.setdefault(key, {})[row["variant"]] = float(row["extra_memory_bytes"])
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    ratios = {key: times["tuned_eager"] / times["torch"] for key, times in median.items()}
+    shares = {key: sizes["torch"] / sizes["tuned_eager"] for key, sizes in memory.items()}
+    lines = [
+        [case, *(f"{ratios[case, d]:.2f}x, {shares[case, d]:.2f}" for d in directions)]
+        for case in dict.fromkeys(row["case"] for row in rows)
+    ]
+
+    def mean(values: list[float]) -> float:
+        return math.exp(sum(map(math.log, values)) / len(values))
+
+    means = [
+        f"**{mean([r for k, r in ratios.items() if k[1] == d]):.2f}x, "
+        f"{mean([s for k, s in shares.items() if k[1] == d]):.2f}**"
+        for d in directions
+    ]
+    first = rows[0]
+    return (
+        f"Speed-up and share of eager's extra memory; {first['device']}, {first['threads']} threads, torch {first['torch']}, "
+        f"medians of {first['rounds']} interleaved rounds, commit {first['commit']}.\n\n"
+        + table(["raster, stage, dtype", *directions], [*lines, ["geometric mean", *means]])
+    )
 
 
-GENERATORS: dict[str, Callable[[], str]] = {"nano": nano, "kinds": kinds, "parameters": parameters}
+GENERATORS: dict[str, Callable[[], str]] = {"nano": nano, "kinds": kinds, "cpu": cpu, "parameters": parameters}
 
 
 def filled(text: str) -> str:

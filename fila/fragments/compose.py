@@ -15,7 +15,7 @@ from fila.fragments.fonts import FontSet
 from fila.fragments.questions import phrase
 from fila.geometry import Geometry, Layout
 
-CANVAS_SHARES = {(1, 2): 0.25, (2, 1): 0.25, (2, 2): 0.2, (1, 3): 0.15, (3, 1): 0.15}  # (rows, columns) of tiles
+CANVAS_SHARES = {(1, 2): 0.2, (2, 1): 0.2, (2, 2): 0.3, (1, 3): 0.15, (3, 1): 0.15}  # (rows, columns) of tiles
 KIND_SHARES = {
     "field": 26, "date": 8, "above": 10, "below": 10, "left": 4, "right": 4, "number": 7, "word": 6, "shown_date": 3,
     "title": 5, "line": 5, "after": 6, "item": 4, "row": 4, "box": 4,
