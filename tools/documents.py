@@ -41,7 +41,8 @@ def nano() -> str:
         count = score["all"]["count"]
         rows.append([name, percent(score["intact"]), percent(score["cut"])])
     return (
-        f"Exact match on {count} generated pages with font families and words it never saw, 95 % interval. *Cut*: a tile's "
+        f"Exact match on {count} generated pages with font families and words it never saw, 95 % interval. *Cut*: a "
+        "tile's "
         "edge runs through the answer.\n\n" + table(["", "answer intact", "answer cut"], rows)
     )
 
@@ -111,7 +112,8 @@ def cpu() -> str:
     ]
     first = rows[0]
     return (
-        f"Speed-up and share of eager's extra memory; {first['device']}, {first['threads']} threads, torch {first['torch']}, "
+        f"Speed-up and share of eager's extra memory; {first['device']}, {first['threads']} threads, "
+        f"torch {first['torch']}, "
         f"medians of {first['rounds']} interleaved rounds, commit {first['commit']}.\n\n"
         + table(["raster, stage, dtype", *directions], [*lines, ["geometric mean", *means]])
     )

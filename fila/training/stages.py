@@ -64,7 +64,7 @@ STAGES = {
     "vision": Stage(800, 8, 1.5e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1)),
     "text": Stage(1500, 8, 1.5e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text"), easy=0.3),
     "align": Stage(
-        300,
+        150,
         8,
         1.5e-3,
         ("model.multi_modal_projector", "model.vision_tower.fusion", "heads"),
@@ -72,7 +72,7 @@ STAGES = {
         dense=(1, 1),
         warmup=30,
     ),
-    "tune": Stage(1500, 8, 8e-4, ("",), dense=(0.5, 0.05)),
+    "tune": Stage(1500, 8, 8e-4, ("",), dense=(1, 0.1)),
 }
 
 
@@ -143,16 +143,19 @@ class Trainee(nn.Module):
             return {"answer": self._text(batch)}
         if name == "vision":
             return self._vision(batch)
-        model = self.export
+        model, tower = self.export, self.export.model.vision_tower
         images = {k: batch.inputs[k] for k in ("pixel_values", "image_sizes", "high_res_pixel_values")}
-        features = model.get_image_features(**images)
+        maps: list[list[Tensor]] = []
+        with tower.convnext.register_forward_hook(lambda module, args, out: maps.append(out)):
+            features = model.get_image_features(**images)
         # No attention mask: texts are padded on the right, where causal attention never looks back from.
         outputs = model(
             input_ids=batch.inputs["input_ids"], labels=batch.labels, mm_encoder_outputs={"image": features}
         )
         labels = torch.cat([view_labels(s, layout) for s, layout in zip(batch.slots, batch.layouts, strict=True)])
         logits = self.heads.tokens(features.last_hidden_state[:, 1:])
-        return {"answer": outputs.loss, "tokens": dense_loss(logits, labels)}
+        losses = {"answer": outputs.loss, "tokens": dense_loss(logits, labels)}
+        return losses if name == "align" else losses | self._map_losses(maps, batch)
 
     def _text(self, batch: PageBatch) -> Tensor:
         """Answer loss on pages given as grid text."""
@@ -178,22 +181,26 @@ class Trainee(nn.Module):
         for layer in tower.vit.layers:
             x = layer(x, None)
         losses = {"tokens": dense_loss(self.heads.tokens(x[:, 1:]), torch.cat(labels))}
-        maps: dict[str, list[tuple[Tensor, Tensor]]] = {stage: [] for stage in self.heads.maps}
-        config = tower.config
-        for group in group_views(batch.layouts, config.convnext_strides, tiles.device):
+        maps = []
+        for group in group_views(batch.layouts, tower.config.convnext_strides, tiles.device):
             height, width = group.raster
-            features = tower.convnext(batch.inputs["high_res_pixel_values"][group.images, :, :height, :width])
-            for stage, parts in maps.items():
-                cell = config.convnext_strides[int(stage)] * config.patch_size // config.convnext_strides[-1]
-                target = [
-                    batch.coverage[i].unsqueeze(-1) if cell == COVER else cells(batch.slots[i], cell)
-                    for i in group.images
-                ]
-                logits = self.heads.maps[stage](features[int(stage)])
-                parts.append((logits.flatten(0, -2), torch.stack(target).flatten(0, -2)))
-        for stage, parts in maps.items():
-            logits, target = (torch.cat(column) for column in zip(*parts, strict=True))
-            losses[f"map{stage}"] = dense_loss(logits, target)
+            maps.append(tower.convnext(batch.inputs["high_res_pixel_values"][group.images, :, :height, :width]))
+        return losses | self._map_losses(maps, batch)
+
+    def _map_losses(self, maps: list[list[Tensor]], batch: PageBatch) -> dict[str, Tensor]:
+        """Character-map losses of the ConvNeXt's stages; `maps` holds every group's, as the encoder made them."""
+        config = self.export.config.vision_config
+        groups = group_views(batch.layouts, config.convnext_strides, torch.device("cpu"))
+        losses = {}
+        for stage, head in self.heads.maps.items():
+            cell = config.convnext_strides[int(stage)] * config.patch_size // config.convnext_strides[-1]
+            wanted = [
+                batch.coverage[i].unsqueeze(-1) if cell == COVER else cells(batch.slots[i], cell)
+                for group in groups
+                for i in group.images
+            ]
+            logits = torch.cat([head(features[int(stage)]).flatten(0, -2) for features in maps])
+            losses[f"map{stage}"] = dense_loss(logits, torch.cat([w.flatten(0, -2) for w in wanted]))
         return losses
 
 
