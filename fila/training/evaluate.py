@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=900_000_000, help="seed of the first page; the others follow")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--builtin-font", action="store_true", help="Pillow's own face instead of the listed fonts")
     parser.add_argument("--no-fusion", action="store_true", help="close every gate: what the tiles alone can answer")
     parser.add_argument("--out", type=Path, help="write the report here as JSON, and the answers beside it (.jsonl)")
     args = parser.parse_args(argv)
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.no_fusion:
         for fusion in model.model.vision_tower.fusion:
             fusion.alpha.data.zero_()
-    fonts = FontSet.installed(args.split)
+    fonts = FontSet.builtin() if args.builtin_font else FontSet.installed(args.split)
     answered, lines, start = [], [], time.monotonic()
     for first in range(0, args.count, args.batch):
         seeds = range(args.seed + first, args.seed + min(first + args.batch, args.count))

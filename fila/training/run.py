@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pages")
+    parser.add_argument("--builtin-font", action="store_true", help="Pillow's own face instead of the listed fonts")
     parser.add_argument("--save-minutes", type=float, default=5.0)
     args = parser.parse_args(argv)
     given = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr)) if v is not None}
@@ -82,7 +83,8 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
         print(f"{name}: going on from step {step}", flush=True)
 
     tokenizer = build_character_tokenizer()
-    length, fonts = stage.steps * stage.batch, FontSet.installed("train")
+    length = stage.steps * stage.batch
+    fonts = FontSet.builtin() if args.builtin_font else FontSet.installed("train")
 
     def drawn(rules: Geometry) -> Pages:
         return Pages(
@@ -188,7 +190,7 @@ class Log:
         row |= {part: round(total / self.count, 4) for part, total in self.sums.items()}
         row |= {"norm": round(float(norm), 3), "lr": f"{optimizer.param_groups[0]['lr']:.2e}", "s": round(seconds, 3)}
         for i, fusion in enumerate(trainee.model.vision_tower.fusion):
-            row[f"alpha{i}"] = round(float(fusion.alpha), 4)
+            row[f"alpha{i}"] = round(fusion.alpha.item(), 4)
         if self.file.tell() == 0:
             self.writer.writerow(row)
         self.writer.writerow(row.values())
