@@ -36,8 +36,8 @@ def fila_llama3_8b() -> FilaConfig:
 def fila_nano() -> FilaConfig:
     """Seven million parameters that read and write single characters.
 
-    Tile 64, patch 8 (64 tokens a view), and a ConvNeXt whose stem has stride 2, so that the raster is twice the canvas: a
-    patch then holds one character or two of the text that a picture of few lines has, and a small model learns to read it.
+    Tile 64, patch 8 (64 tokens a view), and a ConvNeXt whose stem has stride 2, so that the raster is twice the canvas:
+    a patch then holds one character or two of a picture with few lines of text, and a small model learns to read it.
     """
     return FilaConfig(
         vision_config=FilaVisionConfig(

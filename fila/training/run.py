@@ -98,9 +98,10 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
             render=name != "text",
         )
 
-    pages: Pages | Curriculum = drawn(geometry)
+    full = drawn(geometry)
+    pages: Pages | Curriculum = full
     if stage.easy:
-        pages = Curriculum(drawn(replace(geometry, rule="direct")), pages, int(stage.easy * length))
+        pages = Curriculum(drawn(replace(geometry, rule="direct")), full, int(stage.easy * length))
     log = Log(args.out / f"{name}.csv", {"stage": asdict(stage), "seed": args.seed, "threads": args.threads})
     trainee.train()
     saved_at = time.monotonic()

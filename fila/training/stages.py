@@ -107,6 +107,7 @@ class GridText(nn.Module):
         self.turn.data[0] = torch.eye(width)
         self.shapes = nn.Parameter(torch.randn(len(SHAPES), width) * std)
         self.base = nn.Parameter(torch.randn(width) * std)
+        self.ids: Tensor
         self.register_buffer("ids", torch.tensor([VOCABULARY[char] for char in CHARSET]), persistent=False)
 
     def forward(self, labels: Tensor, embedding: Tensor) -> Tensor:
