@@ -2,8 +2,8 @@
 
 Letters: T tiles, N patch tokens a tile, D token width, C feature channels, H hidden width. Sampling and its transpose
 are weighted bags of rows (`embedding_bag`), which read each tap once, accumulate in float32 and write each row once.
-The first linear layer is two GEMMs into one buffer, so that [X ; S] is never built. Rows go through in chunks of whole
-tiles, which keeps the hidden activation in cache and the extra memory small.
+Rows go through in chunks of whole tiles, which keeps the hidden activation in cache and the extra memory small. [X ; S]
+exists for one chunk at a time: two GEMMs into one buffer take as long, and round the sum twice.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fila_kernels.planner import Plan, Shape
 from fila_kernels.sampling import Bags, cell_bags, sample_bags, tile_slice, touched
+
+CHUNK_BYTES = 2 * 2**20
 
 
 class Call(NamedTuple):
@@ -56,8 +58,10 @@ class Call(NamedTuple):
         return tokens[first:last, self.shape.prefix :].reshape(-1, self.shape.token_width)
 
     def tiles_per_chunk(self) -> int:
-        """A CPU takes as many rows as fill its matmul, a GPU all at once."""
-        return max(1, 512 // self.shape.patches) if self.on_cpu else self.shape.tiles
+        """As many tiles as keep the hidden activation in a CPU's second-level caches; a GPU takes all at once."""
+        if not self.on_cpu:
+            return self.shape.tiles
+        return max(1, CHUNK_BYTES // (self.shape.patches * self.shape.hidden_width * self.tokens.dtype.itemsize))
 
     def chunks(self) -> Iterator[tuple[int, int, slice]]:
         """(first tile, last tile, rows) of each chunk."""
@@ -138,6 +142,7 @@ class FirstLayer:
             strides = (shape.height * shape.width, shape.width, 1)
         else:
             self.source, strides = map_rows(call.features)
+            self.joint = call.scratch(shape.token_width + shape.feature_width)
         self.bags = sample_bags(call.boxes, call.image_index, shape.grid, strides, maps, call.features.dtype)
         self.bounds: list[int] | None = None
 
@@ -151,12 +156,16 @@ class FirstLayer:
         return sum_bags(self.source, tile_slice(self.bags, first, last, self.bounds, shape.patches))
 
     def __call__(self, first: int, last: int, out: Tensor) -> Tensor:
-        call = self.call
-        sampled, patches = self._sampled(first, last), call.patches(call.tokens, first, last)
+        call, width = self.call, self.call.shape.token_width
         if self.projected:
-            return torch.addmm(sampled, patches, call.weight_x.t(), out=out)
-        torch.addmm(call.fc1_bias, patches, call.weight_x.t(), out=out)
-        return out.addmm_(sampled, call.weight_s.t())
+            # Below float32 the projection and its interpolation are rounded once each on their way.
+            patches = call.patches(call.tokens, first, last)
+            return torch.addmm(self._sampled(first, last), patches, call.weight_x.t(), out=out)
+        joint = self.joint[: out.shape[0]]
+        patches = call.tokens[first:last, call.shape.prefix :]
+        joint[:, :width].view(patches.shape).copy_(patches)
+        joint[:, width:] = self._sampled(first, last)
+        return torch.addmm(call.fc1_bias, joint, call.fc1_weight.t(), out=out)
 
 
 def forward(call: Call, hidden: Tensor | None, branch: Tensor | None) -> Tensor:
@@ -198,7 +207,8 @@ def _gated(m: Tensor, call: Call) -> Tensor:
         return torch.mul(m, call.alpha).tanh_()
     # tanh(u) = 2 sigmoid(2 u) - 1: three times as fast on a CPU, and exact to float32's rounding of 1, far below the
     # last bit that a low-precision output holds.
-    return gate_sigmoid(m, call).mul_(2).sub_(1)
+    sigmoid = gate_sigmoid(m, call)
+    return torch.add(sigmoid.new_tensor(-1.0), sigmoid, alpha=2, out=sigmoid)
 
 
 def wide(tensor: Tensor) -> Tensor:
