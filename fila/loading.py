@@ -136,13 +136,13 @@ def _locate(path: str | Path | None) -> tuple[str, str, dict[str, Any]]:
     for file in REQUIRED_FILES:
         if not (folder / file).is_file():
             raise CheckpointError(f"checkpoint {folder}: expected a file {file}, got none")
-    for file in _weight_files(folder):
+    for weights in _weight_files(folder):
         try:
-            with safe_open(file, framework="pt") as tensors:
+            with safe_open(weights, framework="pt") as tensors:
                 tensors.keys()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"checkpoint {folder}: expected a complete safetensors file {file.name}, got: {_one_line(error)}"
+                f"checkpoint {folder}: expected a complete safetensors file {weights.name}, got: {_one_line(error)}"
             ) from error
     return str(folder), str(folder), {"local_files_only": True}
 
