@@ -64,7 +64,7 @@ STAGES = {
     "vision": Stage(800, 8, 1.5e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1)),
     "text": Stage(1500, 8, 1.5e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text"), easy=0.3),
     "align": Stage(
-        150,
+        400,
         8,
         1.5e-3,
         ("model.multi_modal_projector", "model.vision_tower.fusion", "heads"),
@@ -139,7 +139,7 @@ class Trainee(nn.Module):
             parameter.requires_grad_(name.startswith(stage.trains))
 
     def forward(self, name: str, batch: PageBatch) -> dict[str, Tensor]:
-        """Losses of a stage by name, unweighted: "answer", "tokens", "map1", "map2", "map3"."""
+        """Losses of a stage by name, unweighted: "answer", "tokens", "grid", "map2", "map3"."""
         if name == "text":
             return {"answer": self._text(batch)}
         if name == "vision":
@@ -155,7 +155,12 @@ class Trainee(nn.Module):
         )
         labels = torch.cat([view_labels(s, layout) for s, layout in zip(batch.slots, batch.layouts, strict=True)])
         logits = self.heads.tokens(features.last_hidden_state[:, 1:])
-        losses = {"answer": outputs.loss, "tokens": dense_loss(logits, labels)}
+        projected = model.model.multi_modal_projector(features.last_hidden_state[:, 1:])
+        losses = {
+            "answer": outputs.loss,
+            "tokens": dense_loss(logits, labels),
+            "grid": self._grid_loss(projected, labels),
+        }
         return losses if name == "align" else losses | self._map_losses(maps, batch)
 
     def _text(self, batch: PageBatch) -> Tensor:
@@ -187,6 +192,17 @@ class Trainee(nn.Module):
             height, width = group.raster
             maps.append(tower.convnext(batch.inputs["high_res_pixel_values"][group.images, :, :height, :width]))
         return losses | self._map_losses(maps, batch)
+
+    def _grid_loss(self, projected: Tensor, labels: Tensor) -> Tensor:
+        """How far projected tokens are from those the language model learned to read in stage 0; 1 is no better than 0.
+
+        It hands stage 0's two halves to each other; without it the projector has only the answers to learn from.
+        """
+        with torch.no_grad():
+            target = self.grid_text(labels, self.export.get_input_embeddings().weight).float()
+        weight = torch.where(labels.amax(-1) > 0, 1.0, EMPTY_WEIGHT) * (labels[..., 0] != IGNORE)
+        error = (projected.float() - target).square().mean(-1)
+        return (weight * error).sum() / (weight * target.square().mean(-1)).sum()
 
     def _map_losses(self, maps: list[list[Tensor]], batch: PageBatch) -> dict[str, Tensor]:
         """Character-map losses of the ConvNeXt's stages; `maps` holds every group's, as the encoder made them."""
