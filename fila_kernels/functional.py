@@ -234,12 +234,11 @@ def explain(
     images, height, map_width, channels = features
     name, why = dispatch.resolve(backend, plan)
     report = {"backend": {"choice": name, "why": why}}
-    directions = ("forward", "weight_gradient", "feature_gradient")
     if name == "reference":
-        return report | {d: {"choice": "reference", "why": "the definition has no plans"} for d in directions}
+        return report | {d: {"choice": "reference", "why": "the definition has no plans"} for d in planner.DIRECTIONS}
     shape = planner.Shape(
         tiles, num_prefix_tokens, math.isqrt(length - num_prefix_tokens), width, hidden_width or width, channels,
         images, height, map_width,
     )  # fmt: skip
     chosen = planner.choose(shape, dtype, torch.device(device), plan)
-    return report | {d: {"choice": getattr(chosen, d), "why": chosen.reasons[d]} for d in directions}
+    return report | {d: {"choice": getattr(chosen, d), "why": chosen.reasons[d]} for d in planner.DIRECTIONS}

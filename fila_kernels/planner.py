@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 PLANS = ("sample_first", "project_first", "single_pass")
+DIRECTIONS = ("forward", "weight_gradient", "feature_gradient")
 
 
 class Shape(NamedTuple):
@@ -67,29 +68,40 @@ def rates(dtype: torch.dtype, device: torch.device) -> Rates:
     return CPU_RATES[dtype] if device.type == "cpu" else GPU_RATES
 
 
-def _seconds(shape: Shape, plan: str, dtype: torch.dtype, device: torch.device) -> float:
-    """Time of the parts in which the plans differ: the features' half of fc1's GEMM, and the gather of four taps."""
+def _moved(shape: Shape, plan: str, direction: str) -> int:
+    """Elements that gathers move: four taps read for each sample, and what is written beside the results.
+
+    Sample-first gathers rows of C, project-first rows of H; going back, one row is written for each cell.
+    """
+    samples, cells = shape.samples, shape.cells
+    if plan == "sample_first":
+        width = shape.feature_width
+        written = {"forward": samples, "weight_gradient": samples, "feature_gradient": samples}
+    else:
+        width = shape.hidden_width
+        written = {"forward": samples + cells, "weight_gradient": cells, "feature_gradient": cells}
+    return (4 * samples + written[direction]) * width
+
+
+def _seconds(shape: Shape, plan: str, direction: str, dtype: torch.dtype, device: torch.device) -> float:
+    """Time of the parts in which the plans differ: the GEMM of the features' half of fc1, and the gathers."""
     rate = rates(dtype, device)
-    rows, gathered = (
-        (shape.samples, shape.feature_width) if plan == "sample_first" else (shape.cells, shape.hidden_width)
-    )
+    rows = shape.samples if plan == "sample_first" else shape.cells
     gemm = 2 * rows * shape.feature_width * shape.hidden_width / rate.flops
-    # Four taps read and one row written for each sample; the GEMM's own result is read back or written once.
-    moved = (5 * shape.samples * gathered + rows * shape.hidden_width) * dtype.itemsize / rate.bytes
-    return gemm + moved
+    return gemm + _moved(shape, plan, direction) * dtype.itemsize / rate.bytes
 
 
 def choose(shape: Shape, dtype: torch.dtype, device: torch.device, requested: str | None = None) -> Plan:
-    """The plan for every direction; `requested` fixes all of them."""
-    if requested:
-        why = "requested by the caller"
-        return Plan(
-            requested, requested, requested, dict.fromkeys(("forward", "weight_gradient", "feature_gradient"), why)
+    """The plan for each direction; `requested` fixes all of them."""
+    chosen, reasons = {}, {}
+    for direction in DIRECTIONS:
+        if requested:
+            chosen[direction], reasons[direction] = requested, "requested by the caller"
+            continue
+        cost = {plan: _seconds(shape, plan, direction, dtype, device) for plan in ("sample_first", "project_first")}
+        chosen[direction] = min(cost, key=cost.__getitem__)
+        reasons[direction] = (
+            f"cost model: sample_first {cost['sample_first'] * 1e3:.2f} ms for {shape.samples} samples, "
+            f"project_first {cost['project_first'] * 1e3:.2f} ms for {shape.cells} cells"
         )
-    cost = {plan: _seconds(shape, plan, dtype, device) for plan in ("sample_first", "project_first")}
-    best = min(cost, key=cost.__getitem__)
-    why = (
-        f"cost model: sample_first {cost['sample_first'] * 1e3:.2f} ms for {shape.samples} samples, "
-        f"project_first {cost['project_first'] * 1e3:.2f} ms for {shape.cells} cells"
-    )
-    return Plan(best, best, best, dict.fromkeys(("forward", "weight_gradient", "feature_gradient"), why))
+    return Plan(**chosen, reasons=reasons)

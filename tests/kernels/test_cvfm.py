@@ -1,11 +1,13 @@
 """`cvfm`: plans, layouts and frozen inputs against the definition, forward and backward."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, DIFFERENTIABLE, REAL, Case, alpha_terms, assert_close, gradients, ids, options
 
-from fila_kernels import cvfm, reference
+from fila_kernels import cvfm, planner, reference
 
 PLANS = ("sample_first", "project_first")
 GATES = ("product", "scale")
@@ -60,6 +62,18 @@ def test_output_and_every_gradient(case, dtype, plan, gate):
         for name in DIFFERENTIABLE:
             largest = alpha_terms(exact_inputs, grad, gate, case.prefix) if name == "alpha" else None
             assert_close(name, found_gradients[name], exact_gradients[name], eager_gradients[name], largest)
+
+
+@pytest.mark.parametrize("chosen", itertools.product(PLANS, repeat=3), ids="-".join)
+def test_each_direction_has_its_own_plan(chosen, monkeypatch):
+    monkeypatch.setattr(planner, "choose", lambda *_: planner.Plan(*chosen, reasons={}))
+    inputs = Case("mixed", tiles=5, boxes="overlapping").inputs()
+    grad = torch.randn_like(inputs["tokens"])
+    expected_out, expected = gradients(reference.cvfm, inputs, grad)
+    out, found = gradients(cvfm, inputs, grad)
+    torch.testing.assert_close(out, expected_out, rtol=1e-11, atol=1e-11)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.slow
