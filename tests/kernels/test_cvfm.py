@@ -64,7 +64,7 @@ def test_output_and_every_gradient(case, dtype, plan, gate):
             assert_close(name, found_gradients[name], exact_gradients[name], eager_gradients[name], largest)
 
 
-@pytest.mark.parametrize("chosen", itertools.product(PLANS, repeat=3), ids="-".join)
+@pytest.mark.parametrize("chosen", list(itertools.product(PLANS, repeat=3)), ids="-".join)
 def test_each_direction_has_its_own_plan(chosen, monkeypatch):
     monkeypatch.setattr(planner, "choose", lambda *_: planner.Plan(*chosen, reasons={}))
     inputs = Case("mixed", tiles=5, boxes="overlapping").inputs()
