@@ -237,12 +237,12 @@ def _pad(tensors: list[Tensor], value: float) -> Tensor:
     return out
 
 
-def loader(pages: Pages | Curriculum, batch_size: int, start: int, workers: int = 1) -> DataLoader:
-    """Batches of consecutive pages from page `start` on, drawn ahead in worker processes."""
+def loader(pages: Pages | Curriculum, batch_size: int, start: int, workers: int = 1, stride: int = 1) -> DataLoader:
+    """Batches of every `stride`-th page from page `start` on, drawn ahead in worker processes."""
     return DataLoader(
         pages,
         batch_size=batch_size,
-        sampler=range(start, len(pages)),
+        sampler=range(start, len(pages), stride),
         num_workers=workers,
         collate_fn=partial(collate, pad_id=pages.tokenizer.pad_token_id),
         prefetch_factor=4 if workers else None,

@@ -7,6 +7,10 @@
 
 Each stage writes `<stage>.pt` (state, averaged weights, optimiser, step) and `<stage>.csv` (the log) into the folder
 and goes on from them when started again. A stage begins with what the stages before it have learned.
+
+On several cores, one process a core is faster than one process with several threads; each takes its share of a batch:
+
+    torchrun --nproc-per-node 2 -m fila.training.run tune --out runs/nano --threads 1
 """
 
 import argparse
@@ -15,12 +19,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from fila.fragments.fonts import FontSet
 from fila.geometry import Geometry
@@ -31,7 +35,7 @@ from fila.tokenization import build_character_tokenizer
 from fila.training.data import Curriculum, Pages, loader
 from fila.training.stages import STAGES, Stage, Trainee
 
-PREDECESSORS = {"vision": (), "text": (), "align": ("vision", "text"), "tune": ("align",)}
+PREDECESSORS = {"vision": (), "text": (), "align": ("vision", "text"), "tune": ("vision", "text", "align")}
 SEEDS = {"vision": 0, "text": 10_000_000, "align": 200_000_000, "tune": 300_000_000}  # no page is met in two stages
 ALPHA_RATE = 10.0
 WEIGHT_DECAY = 0.02
@@ -62,6 +66,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
     """Runs one stage to its end, from its last checkpoint if there is one."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if stage.batch % world:
+        raise ValueError(f"expected a batch that {world} processes can share, got {stage.batch}")
+    if world > 1:
+        distributed.init_process_group("gloo")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     trainee, geometry = build(args.preset, cropping=stage.cropping)
@@ -102,10 +111,11 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
     pages: Pages | Curriculum = full
     if stage.easy:
         pages = Curriculum(drawn(replace(geometry, rule="direct")), full, int(stage.easy * length))
-    log = Log(args.out / f"{name}.csv", {"stage": asdict(stage), "seed": args.seed, "threads": args.threads})
+    settings = {"stage": asdict(stage), "seed": args.seed, "threads": args.threads, "processes": world}
+    log = None if rank else Log(args.out / f"{name}.csv", settings)
     trainee.train()
     saved_at = time.monotonic()
-    for batch in loader(pages, stage.batch, step * stage.batch, args.workers):
+    for batch in loader(pages, stage.batch // world, step * stage.batch + rank, args.workers, stride=world):
         set_rate(optimizer, step, stage)
         with torch.autocast("cpu", torch.bfloat16):
             losses = trainee(name, batch)
@@ -113,17 +123,34 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
         total = sum(loss * (1.0 if part == "answer" else dense) for part, loss in losses.items())
         optimizer.zero_grad(set_to_none=True)
         total.backward()
+        if world > 1:
+            average_gradients(learning.values(), world)
         norm = nn.utils.clip_grad_norm_(learning.values(), CLIP)
         if torch.isfinite(norm):
             optimizer.step()
         step += 1
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in learning.values()], 1 - decay)
+        if log is None:
+            continue
         log.add(step, stage.steps, losses, norm, optimizer, trainee)
         if step == stage.steps or time.monotonic() - saved_at > args.save_minutes * 60:
             save(checkpoint, learning, average, optimizer, step)
             saved_at = time.monotonic()
-    log.close()
+    if log is not None:
+        log.close()
+    if world > 1:
+        distributed.destroy_process_group()
+
+
+def average_gradients(parameters: Iterable[Tensor], world: int) -> None:
+    """Every process's gradients become their mean, sent as one tensor."""
+    parameters = list(parameters)
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([g.flatten() for g in grads])
+    distributed.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.div_(world).split([g.numel() for g in grads]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def build(name: str, cropping: bool = True) -> tuple[Trainee, Geometry]:
