@@ -4,14 +4,15 @@ import csv
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FIELDS = (
-    "device", "threads", "commit", "torch", "python", "case", "direction", "variant", "rounds",
+    "device", "threads", "clock", "commit", "torch", "python", "case", "direction", "variant", "rounds",
     "p20_ms", "p50_ms", "p80_ms", "flops", "bytes", "extra_memory_bytes",
 )  # fmt: skip
 
@@ -23,6 +24,19 @@ def output_path() -> Path:
 
 def rounds() -> int:
     return int(os.environ.get("FILA_BENCH_ROUNDS", "11"))
+
+
+def clock_name() -> str:
+    """ "wall", or "thread" for the calling thread's processor time, which other programs hardly disturb."""
+    return os.environ.get("FILA_BENCH_CLOCK", "wall")
+
+
+def clock() -> Callable[[], float]:
+    """The clock to time with. Processor time only means something with one thread, so that it sets that."""
+    if clock_name() == "thread":
+        torch.set_num_threads(1)
+        return time.thread_time
+    return time.perf_counter
 
 
 def device_name() -> str:
@@ -62,7 +76,7 @@ def append(
             writer.writeheader()
         writer.writerow(
             {
-                "device": device_name(), "threads": torch.get_num_threads(), "commit": commit(),
+                "device": device_name(), "threads": torch.get_num_threads(), "clock": clock_name(), "commit": commit(),
                 "torch": torch.__version__, "python": platform.python_version(), "case": case, "direction": direction,
                 "variant": variant, "rounds": len(times), "p20_ms": f"{quantile(times, 0.2) * 1e3:.3f}",
                 "p50_ms": f"{median(times) * 1e3:.3f}", "p80_ms": f"{quantile(times, 0.8) * 1e3:.3f}",
