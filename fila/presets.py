@@ -60,6 +60,8 @@ def fila_nano() -> FilaConfig:
             ),
             vision_feature_layer=-1,
             fusion_layers=[1, 2, 4, 5],
+            # The product form bounds what a fusion can add to 1 and saturated within 200 steps; see docs/log.md.
+            fusion_gate="scale",
             image_grid_pinpoints=NANO_CANVASES,
             high_res_size=128,
         ),

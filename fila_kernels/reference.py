@@ -17,8 +17,9 @@ def axis_positions(start: Tensor, end: Tensor, size: int, cells: int) -> tuple[T
     Cell i spans [i, i + 1). Returns int64, int64 and float64 tensors [T, size].
     """
     start, end = start.double()[:, None], end.double()[:, None]
-    step = (torch.arange(size, dtype=torch.float64, device=start.device) + 0.5) / size
-    position = start + step * (end - start) - 0.5
+    # Multiplied before divided: a sample on a cell's centre then comes out exactly, and reads no neighbour.
+    centre = (torch.arange(size, dtype=torch.float64, device=start.device) + 0.5) * (end - start) / size
+    position = start + centre - 0.5
     position = torch.where(
         end - start >= 1,
         torch.minimum(torch.maximum(position, start), end - 1),

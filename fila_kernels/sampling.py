@@ -26,8 +26,9 @@ def axis_taps(start: Tensor, end: Tensor, size: int, cells: int) -> tuple[Tensor
     start, end = start.double()[:, None], end.double()[:, None]
     origin = start.floor()
     fraction, extent = start - origin, end - start
-    step = (torch.arange(size, dtype=torch.float64, device=start.device) + 0.5) / size
-    local = fraction + (step * extent - 0.5)
+    # Multiplied before divided: a sample on a cell's centre then comes out exactly, and reads no neighbour.
+    centre = (torch.arange(size, dtype=torch.float64, device=start.device) + 0.5) * extent / size
+    local = fraction + (centre - 0.5)
     local = torch.where(
         extent >= 1,
         torch.minimum(torch.maximum(local, fraction), fraction + extent - 1),

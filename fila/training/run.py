@@ -24,6 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 
 from fila.fragments.fonts import FontSet
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and logs")
     parser.add_argument("--preset", default="fila-nano")
+    parser.add_argument("--init", type=Path, help="checkpoint folder whose weights to begin with instead of fresh ones")
     parser.add_argument("--steps", type=int, help="optimiser steps instead of the recipe's")
     parser.add_argument("--batch", type=int, help="pages a step instead of the recipe's")
     parser.add_argument("--lr", type=float, help="peak learning rate instead of the recipe's")
@@ -75,6 +77,11 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
     torch.manual_seed(args.seed)
     trainee, geometry = build(args.preset, cropping=stage.cropping)
     trainee.freeze(stage)
+    if args.init:
+        weights = load_file(args.init / "model.safetensors")
+        missing = trainee.export.load_state_dict(weights, strict=False).missing_keys
+        if set(missing) - {"lm_head.weight"}:  # tied, so stored once
+            raise ValueError(f"{args.init}: expected the weights of {args.preset}, got none for {missing}")
     for before in PREDECESSORS[name]:
         learned = torch.load(args.out / f"{before}.pt", weights_only=True)["average"]
         trainee.load_state_dict(learned, strict=False)

@@ -153,3 +153,12 @@ def test_double_backward_refuses():
     (gradient,) = torch.autograd.grad(out.square().sum(), features, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not implemented"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_sample_on_a_cells_centre_reads_no_neighbour(backend):
+    """24 samples of 120 cells fall on the centres of cells 2, 7, 12, ...; all others may be anything."""
+    features = torch.full((1, 120, 120, 1), float("nan"), dtype=torch.float64)
+    features[:, 2::5, 2::5] = 1.0
+    boxes, index = torch.tensor([[0.0, 0.0, 120.0, 120.0]]), torch.zeros(1, dtype=torch.int32)
+    assert (crop_resize(features, boxes, index, 24, backend=backend) == 1.0).all()
