@@ -71,6 +71,8 @@ class FilaProcessor(LlavaNextProcessor):
         texts = [text] if isinstance(text, str) else text
         if texts is not None and not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)):
             raise ValueError(f"expected text to be a string or a list of strings, got {type(text).__name__}: {text!r}")
+        if texts is not None and not texts:
+            raise ValueError(f"expected at least one text, got {text!r}")
         order = kwargs.get("input_data_format") or kwargs.get("images_kwargs", {}).get("input_data_format")
         max_side = self.image_processor.max_image_side
 
@@ -95,7 +97,11 @@ class FilaProcessor(LlavaNextProcessor):
 
     def _check_placeholders(self, images: Any, text: Sequence[str]) -> None:
         wanted = [one.count(self.image_token) for one in text]
-        nested = isinstance(images, list) and all(isinstance(group, list) for group in images)
+        kinds = {isinstance(item, list) for item in images} if isinstance(images, list) else {False}
+        if len(kinds) > 1:
+            # Flattened, a picture could stand in for another text's.
+            raise ValueError("expected one flat list of images or one list for each text, got both kinds mixed")
+        nested = kinds == {True}
         if nested and len(images) == len(text):
             for i, (placeholders, group) in enumerate(zip(wanted, images, strict=True)):
                 if placeholders != len(group):
