@@ -62,9 +62,23 @@ class FilaVisionConfig(PreTrainedConfig):
         if not isinstance(self.convnext_config, PreTrainedConfig):
             self.convnext_config = ConvNextConfig(**(self.convnext_config or CLIP_CONVNEXT_L))
         self.image_grid_pinpoints = [list(c) for c in self.image_grid_pinpoints or LLAVA_NEXT_CANVASES]
-        stages = len(self.convnext_config.hidden_sizes)
+        stages, depth = len(self.convnext_config.hidden_sizes), self.num_vit_layers
+        if len(self.convnext_config.depths) != stages:
+            raise ValueError(
+                f"convnext_config: expected a depth for each of {stages} hidden_sizes, got {self.convnext_config.depths}"
+            )
+        if not 1 <= depth <= self.vit_config.num_hidden_layers:
+            raise ValueError(
+                f"vision_feature_layer {self.vision_feature_layer} names no layer of a ViT of "
+                f"{self.vit_config.num_hidden_layers} layers"
+            )
+        if self.fusion == "deep" and depth < stages:
+            raise ValueError(
+                f"expected at least one ViT layer for each of {stages} ConvNeXt stages, got {depth} layers"
+            )
+        if self.fusion_hidden_size is not None and self.fusion_hidden_size < 1:
+            raise ValueError(f"expected fusion_hidden_size of at least 1, got {self.fusion_hidden_size}")
         if self.fusion_layers is None:
-            depth = self.num_vit_layers
             self.fusion_layers = [(i + 1) * (depth + 1) // stages - 1 for i in range(stages - 1)] + [depth - 1]
         self._check_fusion_layers(stages)
         self.geometry()  # raises where tile, patch, canvases and raster do not fit together
@@ -72,11 +86,6 @@ class FilaVisionConfig(PreTrainedConfig):
 
     def _check_fusion_layers(self, stages: int) -> None:
         layers, depth = self.fusion_layers or [], self.num_vit_layers
-        if depth < 1:
-            raise ValueError(
-                f"vision_feature_layer {self.vision_feature_layer} leaves no layer of a ViT of "
-                f"{self.vit_config.num_hidden_layers} layers"
-            )
         if self.fusion == "none":
             return
         if len(layers) != stages or sorted(set(layers)) != list(layers) or not 0 <= layers[0] <= layers[-1] < depth:
@@ -142,6 +151,10 @@ class FilaConfig(LlavaNextConfig):
     def __post_init__(self, **kwargs):
         if not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = FilaVisionConfig(**(self.vision_config or {}))
+        if not isinstance(self.vision_config, FilaVisionConfig):
+            raise ValueError(
+                f"expected vision_config to be a FilaVisionConfig, got {type(self.vision_config).__name__}"
+            )
         for name in ("vision_feature_layer", "image_grid_pinpoints"):
             given, owned = getattr(self, name), getattr(self.vision_config, name)
             if given is not None and not _same(given, owned):

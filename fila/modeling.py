@@ -50,8 +50,11 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
             `pooler_output`: one tensor [num_tokens, text width] per picture, global view first, then the unpadded tile
             rows with one newline each. `last_hidden_state`: the encoder's, all views.
         """
-        for name in ("vision_feature_layer", "vision_feature_select_strategy", "return_dict", "output_hidden_states"):
-            kwargs.pop(name, None)  # LLaVA-NeXT's switches; the configuration has settled them
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            given, settled = kwargs.pop(name, None), getattr(self.config, name)
+            if given not in (None, settled):
+                raise ValueError(f"{name} cannot be changed for one call: expected {settled!r}, got {given!r}")
+        kwargs.pop("return_dict", None)
         hidden = self.vision_tower(pixel_values, high_res_pixel_values, image_sizes, **kwargs).last_hidden_state
         sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
         geometry = self.config.vision_config.geometry()
@@ -95,6 +98,9 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
             features = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+        elif input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            # Placeholders without pictures are a mistake; this is the same check with no features at all.
+            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0, inputs_embeds.shape[-1]))
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,

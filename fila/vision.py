@@ -209,9 +209,17 @@ class FilaVisionModel(PreTrainedModel):
         """Each picture's layout, after checking that the tensors have room for it."""
         if image_sizes is None:
             raise ValueError("expected image_sizes [n_images, 2] beside pixel_values, got none")
-        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
+        sizes = torch.as_tensor(image_sizes)
+        if sizes.ndim != 2 or sizes.shape[1] != 2 or not len(sizes) or sizes.is_floating_point():
+            raise ValueError(
+                f"expected image_sizes [n_images, 2] in whole pixels of at least one picture, "
+                f"got {list(sizes.shape)} in {sizes.dtype}"
+            )
+        for name, pixels in (("pixel_values", pixel_values), ("high_res_pixel_values", high_res_pixel_values)):
+            if pixels is not None and not pixels.is_floating_point():
+                raise ValueError(f"expected {name} normalised, in a float dtype, got {pixels.dtype}")
         geometry = self.config.geometry()
-        layouts = [geometry.layout(height, width) for height, width in sizes]
+        layouts = [geometry.layout(height, width) for height, width in sizes.tolist()]
         tile = geometry.tile
         if pixel_values.ndim != 5 or tuple(pixel_values.shape[2:]) != (3, tile, tile):
             raise ValueError(

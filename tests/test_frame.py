@@ -98,6 +98,7 @@ def test_ci_runs_what_the_readme_tells_a_newcomer():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert "make test" in script
     assert "make lint" in script
+    assert "make demo" in script
     assert sum(int(seconds) for seconds in re.findall(r"^step (\d+)", script, flags=re.MULTILINE)) < 30 * 60
 
 

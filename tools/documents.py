@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/model.md", "docs/nano.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/model.md", "docs/nano.md")
 RECORD = ROOT / "fila/checkpoints/fila-nano/training"
 CPU = ROOT / "bench/results/cvfm_cpu.csv"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -140,8 +140,6 @@ def main(argv: list[str] | None = None) -> int:
     stale = []
     for name in DOCUMENTS:
         path = ROOT / name
-        if not path.exists():
-            continue
         text = path.read_text()
         new = filled(text)
         if new != text:

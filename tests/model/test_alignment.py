@@ -7,7 +7,7 @@ coordinate that any rendered pixel shows can be read back from the processor's o
 model compares: the centre of each ViT patch, and the point of the raster that the patch's box gives it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from PIL import Image
 
 from fila.geometry import LLAVA_NEXT_CANVASES, Geometry, Layout, Rect, fit
 from fila.image_processing import FilaImageProcessor, _normalize, _place
+from fila.presets import preset
 
 AMPLITUDE = 110  # room for the overshoot of a bicubic filter
 PRECISION = 0.15  # of a coordinate read back, in pixels of the frame it is read in
@@ -175,6 +176,17 @@ def test_nano(rule: str) -> None:
         assert_aligned(processor, *size)
         canvases.add(processor.geometry.layout(*size).canvas)
     assert canvases == ({(128, 128)} if rule == "direct" else set(NANO_CANVASES))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_shipped_geometry(rule: str) -> None:
+    geometry = replace(preset("fila-nano").vision_config.geometry(), rule=rule)
+    processor = FilaImageProcessor.from_geometry(geometry)
+    canvases = set()
+    for height, width in NANO_SIZES:
+        assert_aligned(processor, height // 2, width // 2)
+        canvases.add(geometry.layout(height // 2, width // 2).canvas)
+    assert canvases == ({(64, 64)} if rule == "direct" else set(geometry.canvases))
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ from transformers.image_processing_utils import get_patch_output_size, select_be
 from transformers.image_utils import ChannelDimension
 
 from fila.geometry import LLAVA_NEXT_CANVASES, Geometry, Rect, fit, select_canvas
+from fila.presets import preset
 
 NANO_CANVASES = ((128, 256), (256, 128), (256, 256), (384, 128), (128, 384))
 PAPER = Geometry()
 NANO = Geometry(tile=128, patch=16, canvases=NANO_CANVASES, fixed_size=256)
 # An odd number of patches a side, so that halves of the padding are not whole; and canvases of one tile and of many.
 ODD = Geometry(tile=70, patch=14, canvases=((70, 70), (70, 350), (210, 140), (280, 280)), fixed_size=96)
-GEOMETRIES = {"paper": PAPER, "nano": NANO, "odd": ODD}
+GEOMETRIES = {"paper": PAPER, "shipped": preset("fila-nano").vision_config.geometry(), "coarse": NANO, "odd": ODD}
 
 SIDES = (1, 2, 3, 13, 335, 336, 337, 671, 672, 673, 1007, 1008, 1009, 9_999, 10_000)
 CORNERS = [(height, width) for height in SIDES for width in SIDES]

@@ -18,6 +18,7 @@ from fila.loading import REQUIRED_FILES, WEIGHTS, WEIGHTS_INDEX
 from tests.model.tiny_checkpoint import save_checkpoint
 
 TENSOR = "model.image_newline"
+ALPHA = "model.vision_tower.fusion.0.alpha"
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +96,14 @@ def test_a_local_folder_needs_no_network(checkpoint, monkeypatch):
         (lambda t: t.pop(TENSOR), rf"tensor {TENSOR}: expected shape \[192\], got no such tensor"),
         (lambda t: t.update({TENSOR: t[TENSOR][:100].clone()}), rf"{TENSOR}: expected shape \[192\], got \[100\]"),
         (lambda t: t.update({"extra": torch.zeros(3)}), "tensor extra: expected no such tensor, got one"),
+        (lambda t: t.update({TENSOR: t[TENSOR].long()}), f"{TENSOR}: expected dtype F32, F16, BF16, F64, got I64"),
+        (lambda t: t.update({TENSOR: t[TENSOR].to(torch.int8)}), f"{TENSOR}: expected dtype .*, got I8"),
+        (lambda t: t.update({TENSOR: t[TENSOR] > 0}), f"{TENSOR}: expected dtype .*, got BOOL"),
+        (lambda t: t.update({TENSOR: t[TENSOR].to(torch.float8_e4m3fn)}), f"{TENSOR}: expected dtype .*, got F8"),
+        (lambda t: t.update({ALPHA: torch.full_like(t[ALPHA], torch.nan)}), f"{ALPHA}: expected finite numbers"),
         (lambda t: [t.pop(name) for name in list(t) if "fusion" in name], "and 17 more"),
     ],
-    ids=["missing", "misshaped", "unexpected", "many"],
+    ids=["missing", "misshaped", "unexpected", "int64", "int8", "bool", "fp8", "alpha", "many"],
 )
 def test_wrong_tensors_are_named(copy, change, message):
     rewrite(copy, change)

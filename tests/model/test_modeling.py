@@ -138,6 +138,16 @@ def test_wrong_placeholder_count_is_an_error(nano, nano_processor):
         nano(**{**inputs, "input_ids": inputs["input_ids"][:, 1:], "attention_mask": inputs["attention_mask"][:, 1:]})
 
 
+def test_image_tokens_without_pictures_are_an_error(nano, nano_processor):
+    inputs = nano_processor(images=picture(128, 256, 0), text="<image>a", return_tensors="pt")
+    with pytest.raises(ValueError, match="do not match"):
+        nano(input_ids=inputs["input_ids"])
+    with pytest.raises(ValueError, match="vision_feature_layer cannot be changed for one call"):
+        nano.get_image_features(
+            inputs["pixel_values"], inputs["image_sizes"], inputs["high_res_pixel_values"], vision_feature_layer=1
+        )
+
+
 def test_fields_owned_by_the_vision_config_are_not_given_twice():
     with pytest.raises(ValueError, match="image_grid_pinpoints belongs to vision_config"):
         FilaConfig(image_grid_pinpoints=[[336, 336]])

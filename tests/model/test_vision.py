@@ -137,6 +137,14 @@ def test_misfit_tensors_are_refused_by_name():
         ({"high_res_pixel_values": None}, "expected high_res_pixel_values beside pixel_values"),
         ({"high_res_pixel_values": good["high_res_pixel_values"][..., :150]}, ">= 256, >= 256"),
         ({"image_sizes": torch.tensor([[0, 5], [5, 5]])}, "at least 1x1 pixels, got 0x5"),
+        ({"image_sizes": torch.tensor([128, 128])}, r"expected image_sizes \[n_images, 2\] .* got \[2\]"),
+        ({"image_sizes": torch.zeros(0, 2, dtype=torch.int64)}, "at least one picture"),
+        ({"image_sizes": torch.tensor([[128.0, 128], [64, 128]])}, "in whole pixels"),
+        (
+            {"pixel_values": good["pixel_values"].to(torch.uint8)},
+            "pixel_values normalised, in a float dtype, got torch.uint8",
+        ),
+        ({"high_res_pixel_values": good["high_res_pixel_values"].long()}, "high_res_pixel_values normalised"),
     ):
         with pytest.raises(ValueError, match=message):
             model(**{**good, **change})
@@ -150,7 +158,10 @@ def test_misfit_tensors_are_refused_by_name():
         ({"fusion_layers": [2, 1, 4, 5]}, "ascending"),
         ({"image_grid_pinpoints": [[100, 128]]}, "multiple of the tile"),
         ({"high_res_size": 100}, "multiple of the ConvNeXt's stride 16"),
-        ({"vision_feature_layer": -7}, "leaves no layer"),
+        ({"vision_feature_layer": -7}, "names no layer"),
+        ({"vision_feature_layer": 7}, "names no layer"),
+        ({"vision_feature_layer": 3, "fusion_layers": None}, "at least one ViT layer for each of 4"),
+        ({"fusion_hidden_size": 0}, "fusion_hidden_size of at least 1"),
         ({"fusion_gate": "sum"}, "fusion_gate"),
     ],
 )
