@@ -27,6 +27,7 @@ HUB_PREFIX = "hf:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REQUIRED_FILES = ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+STORED_DTYPES = ("F32", "F16", "BF16", "F64")  # as safetensors names them; others would be cast in silence
 MOST_NAMED = 3  # tensors named in one message
 
 
@@ -139,11 +140,19 @@ def _locate(path: str | Path | None) -> tuple[str, str, dict[str, Any]]:
     for weights in _weight_files(folder):
         try:
             with safe_open(weights, framework="pt") as tensors:
-                tensors.keys()
+                stored = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"checkpoint {folder}: expected a complete safetensors file {weights.name}, got: {_one_line(error)}"
             ) from error
+        _refuse(
+            str(folder),
+            [
+                f"tensor {key}: expected dtype {', '.join(STORED_DTYPES)}, got {dtype}"
+                for key, dtype in sorted(stored.items())
+                if dtype not in STORED_DTYPES
+            ],
+        )
     return str(folder), str(folder), {"local_files_only": True}
 
 
@@ -205,6 +214,16 @@ def _refuse_wrong_tensors(name: str, model: nn.Module, info: dict[str, Any]) -> 
     ]
     found += [f"tensor {key}: expected no such tensor, got one" for key in sorted(info["unexpected_keys"])]
     found += [_one_line(message) for message in info["error_msgs"]]
+    found += [
+        f"tensor {key}: expected finite numbers, got NaN or infinity"
+        for key, tensor in model.named_parameters()
+        if key.endswith(".alpha") and not found and not torch.isfinite(tensor).all()
+    ]
+    _refuse(name, found)
+
+
+def _refuse(name: str, found: list[str]) -> None:
+    """Raises what was found wrong, if anything was; the first few by name."""
     if found:
         more = f"; and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
         raise CheckpointError(f"checkpoint {name}: {'; '.join(found[:MOST_NAMED])}{more}")
