@@ -65,7 +65,7 @@ class FilaVisionConfig(PreTrainedConfig):
         stages, depth = len(self.convnext_config.hidden_sizes), self.num_vit_layers
         if len(self.convnext_config.depths) != stages:
             raise ValueError(
-                f"convnext_config: expected a depth for each of {stages} hidden_sizes, got {self.convnext_config.depths}"
+                f"convnext_config: expected {stages} depths, as many as hidden_sizes, got {self.convnext_config.depths}"
             )
         if not 1 <= depth <= self.vit_config.num_hidden_layers:
             raise ValueError(

@@ -183,9 +183,10 @@ def test_the_shipped_geometry(rule: str) -> None:
     geometry = replace(preset("fila-nano").vision_config.geometry(), rule=rule)
     processor = FilaImageProcessor.from_geometry(geometry)
     canvases = set()
+    shrink = 1 if rule == "direct" else 2  # the tiles are half as large; one view alone needs the larger pictures
     for height, width in NANO_SIZES:
-        assert_aligned(processor, height // 2, width // 2)
-        canvases.add(geometry.layout(height // 2, width // 2).canvas)
+        assert_aligned(processor, height // shrink, width // shrink)
+        canvases.add(geometry.layout(height // shrink, width // shrink).canvas)
     assert canvases == ({(64, 64)} if rule == "direct" else set(geometry.canvases))
 
 

@@ -227,6 +227,14 @@ def test_bad_arguments(ask, arguments, words):
     one_error(ask(*arguments), *words)
 
 
+def test_no_memory_for_an_answer(ask, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator:\n can't allocate memory")
+
+    monkeypatch.setattr(fila.inference, "answer", refuse)
+    one_error(ask("a.png", QUESTION), "expected enough memory for a.png and its answer", "can't allocate memory")
+
+
 def test_a_backend_that_cannot_run(ask, monkeypatch):
     from fila_kernels import dispatch
 

@@ -164,6 +164,10 @@ def test_calls_cannot_change_the_geometry() -> None:
         ({"tile_size": 100}, "multiple of patch"),
         ({"high_res_rule": "big"}, "high_res_rule must be one of"),
         ({"image_mean": 0.5}, "image_mean to be three numbers, got 0.5"),
+        ({"max_image_side": "x"}, "max_image_side to be a whole number of at least 1, got 'x'"),
+        ({"max_image_side": 0}, "max_image_side to be a whole number"),
+        ({"resample": 9}, "resample to be one of PIL's filters, 0 to 5, got 9"),
+        ({"resample": "x"}, "resample to be one of PIL's filters"),
         ({"image_std": [0.5, 0, 0.5]}, "image_std to be three numbers above 0"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from fila import FilaForConditionalGeneration
 from fila.geometry import Geometry
 from fila.images import ImageError
 from fila.inference import CheckpointError, answer, answer_batch, load
@@ -164,6 +165,47 @@ def test_a_tokenizer_for_another_model(copy):
     edit(copy / "config.json", image_token_index=5)
     with pytest.raises(CheckpointError, match="image token of id 5, got 4"):
         load(copy)
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.json", "[]", "config.json cannot be read"),
+        ("chat_template.jinja", "{{ nothing.at_all }}", "its processor cannot be made"),
+        ("chat_template.jinja", "{% if %}", "its processor cannot be made"),
+        ("chat_template.jinja", "What?", "one <image>, got 'What\\?'"),
+        (WEIGHTS_INDEX, '{"weight_map": {"a": 5}}', "expected names of files, got 5"),
+    ],
+)
+def test_damaged_files(copy, file, content, message):
+    (copy / file).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        load(copy)
+
+
+def test_a_processor_with_a_size_that_is_none(copy):
+    found = json.loads((copy / "processor_config.json").read_text())
+    found["image_processor"]["max_image_side"] = "x"
+    (copy / "processor_config.json").write_text(json.dumps(found))
+    with pytest.raises(CheckpointError, match="max_image_side to be a whole number"):
+        load(copy)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "foo"])
+def test_quantized_weights_are_refused(copy, method):
+    edit(copy / "config.json", quantization_config={"quant_method": method, "load_in_4bit": True})
+    with pytest.raises(CheckpointError, match=f"not quantized, got quant_method '{method}'"):
+        load(copy)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: full")])
+def test_no_memory_for_the_model(checkpoint, monkeypatch, error):
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(FilaForConditionalGeneration, "to", refuse)
+    with pytest.raises(MemoryError, match="expected enough memory for the model, got: .*full"):
+        load(checkpoint)
 
 
 @pytest.mark.parametrize(
