@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         model, processor = inference.load(options.model, backend=options.backend)
         options.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 2
     parameters = sum(p.numel() for p in model.parameters())

@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fila.errors import memory_for, one_line
+
 STDIN = "-"
 BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 2, 130, 141
 QUESTION_HELP = """\
@@ -104,16 +106,15 @@ def _ask(options: argparse.Namespace) -> int:
     _check_words(pictures, question)
     explained = _explain_paths(options.explain, pictures)
     model, processor = _load(options, question)
-    from torch import OutOfMemoryError
 
     code = 0
     for picture, path in zip(pictures, explained, strict=True):
         name = "standard input" if picture == STDIN else picture
         try:
             record = _answer(model, processor, picture, name, question, options.max_new_tokens, path)
-        except (ValueError, MemoryError, OutOfMemoryError) as error:
+        except (ValueError, MemoryError) as error:
             code = _fail(error)
-            record = {"picture": name, "question": question, "error": _one_line(error)}
+            record = {"picture": name, "question": question, "error": one_line(error)}
             if options.json:
                 print(json.dumps(record), flush=True)
             continue
@@ -169,12 +170,12 @@ def _load(options: argparse.Namespace, question: str) -> tuple[Any, Any]:
     try:
         dispatch.resolve(options.backend)
     except (ValueError, RuntimeError) as error:
-        raise _UsageError(_one_line(error)) from error
+        raise _UsageError(one_line(error)) from error
     try:
         model, processor = load(options.model, device=options.device, dtype=options.dtype, backend=options.backend)
         check_question(processor, question)
-    except ValueError as error:
-        raise _UsageError(_one_line(error)) from error
+    except (ValueError, MemoryError) as error:
+        raise _UsageError(one_line(error)) from error
     return model, processor
 
 
@@ -186,7 +187,7 @@ def _answer(
 
     # Decoded once, for the model and for the drawing.
     image, notes = inference.read_picture(_source(picture), processor, name)
-    with explain.watch_gates(model) as gates:
+    with explain.watch_gates(model) as gates, memory_for(f"{name} and its answer"):
         found = inference.answer(model, processor, image, question, max_new_tokens=max_new_tokens, name=name)
     record = asdict(found)
     record["warnings"] = [*notes, *found.warnings]
@@ -195,7 +196,7 @@ def _answer(
         try:
             explain.draw(image, layout, question, found.text, gates).save(explained)
         except OSError as error:
-            raise ValueError(f"--explain: expected a file that can be written, got: {_one_line(error)}") from error
+            raise ValueError(f"--explain: expected a file that can be written, got: {one_line(error)}") from error
         record["explained"] = {
             "file": str(explained),
             "gates": [
@@ -215,16 +216,12 @@ def _source(picture: str) -> str | bytes:
 
 
 def _fail(error: object) -> int:
-    _say("error", _one_line(error))
+    _say("error", one_line(error))
     return BAD_INPUT
 
 
 def _say(kind: str, message: str) -> None:
     print(f"fila: {kind}: {message}", file=sys.stderr, flush=True)
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

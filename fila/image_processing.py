@@ -101,7 +101,11 @@ class FilaImageProcessor(BaseImageProcessor):
         self.high_res_image_mean = _three(high_res_image_mean or image_mean, "high_res_image_mean")
         self.high_res_image_std = _three(high_res_image_std or image_std, "high_res_image_std", above=0)
         self.do_high_res = do_high_res
+        if resample not in [filter.value for filter in Image.Resampling]:
+            raise ValueError(f"expected resample to be one of PIL's filters, 0 to 5, got {resample!r}")
         self.resample = int(resample)
+        if not isinstance(max_image_side, int) or isinstance(max_image_side, bool) or max_image_side < 1:
+            raise ValueError(f"expected max_image_side to be a whole number of at least 1, got {max_image_side!r}")
         self.max_image_side = max_image_side
         _ = self.geometry  # so that numbers that do not fit fail here and not at the first picture
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from fila.configuration import FilaConfig
+from fila.errors import is_out_of_memory, memory_for, one_line
 from fila.modeling import FilaForConditionalGeneration
 from fila.processing import FilaProcessor
 from fila_kernels import dispatch
@@ -54,13 +55,14 @@ def load(
     Raises:
         CheckpointError: a file is missing or damaged, another model's, or its tensors are not this model's.
         ValueError: device, dtype or backend cannot be had. RuntimeError: a backend asked for by name cannot run.
+        MemoryError: the model does not fit.
     """
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     dispatch.resolve(backend)
     name, source, options = _locate(path)
     config = _load_config(name, source, options)
-    with quiet():
+    with quiet(), memory_for("the model"):
         try:
             model, info = FilaForConditionalGeneration.from_pretrained(
                 source,
@@ -72,13 +74,15 @@ def load(
                 use_safetensors=True,
                 **options,
             )
-        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-            raise CheckpointError(f"checkpoint {name}: its weights cannot be read: {_one_line(error)}") from error
+        except Exception as error:  # an index may name anything
+            if is_out_of_memory(error):
+                raise
+            raise CheckpointError(f"checkpoint {name}: its weights cannot be read: {one_line(error)}") from error
         _refuse_wrong_tensors(name, model, info)
         processor = _load_processor(name, source, options, config)
-    for fusion in model.model.vision_tower.fusion:
-        fusion.backend = backend
-    return model.to(chosen_device).eval(), processor
+        for fusion in model.model.vision_tower.fusion:
+            fusion.backend = backend
+        return model.to(chosen_device).eval(), processor
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -143,7 +147,7 @@ def _locate(path: str | Path | None) -> tuple[str, str, dict[str, Any]]:
                 stored = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"checkpoint {folder}: expected a complete safetensors file {weights.name}, got: {_one_line(error)}"
+                f"checkpoint {folder}: expected a complete safetensors file {weights.name}, got: {one_line(error)}"
             ) from error
         _refuse(
             str(folder),
@@ -163,41 +167,59 @@ def _weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"checkpoint {folder}: expected a file {WEIGHTS} or {WEIGHTS_INDEX}, got neither")
         return [folder / WEIGHTS]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {WEIGHTS_INDEX} cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(f"checkpoint {folder}: {WEIGHTS_INDEX} cannot be read: {one_line(error)}") from error
+    for name in names:
+        if not isinstance(name, str):
+            raise CheckpointError(f"checkpoint {folder}: {WEIGHTS_INDEX}: expected names of files, got {name!r}")
     return [folder / name for name in names]
 
 
 def _load_config(name: str, source: str, options: dict[str, Any]) -> FilaConfig:
     try:
         found, _ = PreTrainedConfig.get_config_dict(source, **options)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {name}: config.json cannot be read: {_one_line(error)}") from error
+    except Exception as error:  # transformers takes for granted that it holds an object
+        raise CheckpointError(f"checkpoint {name}: config.json cannot be read: {one_line(error)}") from error
     if found.get("model_type") != "fila":
         raise CheckpointError(f'checkpoint {name}: expected model_type "fila", got {found.get("model_type")!r}')
+    if found.get("quantization_config") is not None:
+        # transformers ignores methods it does not know, and needs further packages for those it does.
+        got = found["quantization_config"]
+        method = got.get("quant_method") if isinstance(got, dict) else got
+        raise CheckpointError(
+            f"checkpoint {name}: expected weights that are not quantized, got quant_method {method!r}"
+        )
     try:
         return FilaConfig.from_dict(found)
     except Exception as error:  # strict dataclasses and nested configurations raise nearly anything
-        raise CheckpointError(
-            f"checkpoint {name}: config.json does not describe a model: {_one_line(error)}"
-        ) from error
+        raise CheckpointError(f"checkpoint {name}: config.json does not describe a model: {one_line(error)}") from error
 
 
 def _load_processor(name: str, source: str, options: dict[str, Any], config: FilaConfig) -> FilaProcessor:
     try:
         processor = FilaProcessor.from_pretrained(source, **options)
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+        prompt = processor.apply_chat_template([message], add_generation_prompt=True)
+        images = prompt.count(processor.image_token)
     except Exception as error:  # tokenizer files have many ways of being wrong
-        raise CheckpointError(f"checkpoint {name}: its processor cannot be made: {_one_line(error)}") from error
+        raise CheckpointError(f"checkpoint {name}: its processor cannot be made: {one_line(error)}") from error
+    if images != 1 or "What?" not in prompt:
+        raise CheckpointError(
+            f"checkpoint {name}: expected a chat template that gives the question and one {processor.image_token}, "
+            f"got {one_line(repr(prompt))[:200]}"
+        )
     wanted, got = config.vision_config.geometry(), processor.image_processor.geometry
     if wanted != got:
         raise CheckpointError(f"checkpoint {name}: expected a processor for the model's {wanted}, got one for {got}")
-    for what, expected, has in (
-        ("an image token of id", config.image_token_id, processor.image_token_id),
-        ("tokens fewer than or as many as embeddings,", config.text_config.vocab_size, len(processor.tokenizer)),
-    ):
-        if (has > expected) if what.startswith("tokens") else (has != expected):
-            raise CheckpointError(f"checkpoint {name}: expected a tokenizer with {what} {expected}, got {has}")
+    if processor.image_token_id != config.image_token_id:
+        raise CheckpointError(
+            f"checkpoint {name}: expected a tokenizer with an image token of id {config.image_token_id}, "
+            f"got {processor.image_token_id}"
+        )
+    embeddings, tokens = config.text_config.vocab_size, len(processor.tokenizer)
+    if tokens > embeddings:
+        raise CheckpointError(f"checkpoint {name}: expected a tokenizer of at most {embeddings} tokens, got {tokens}")
     return processor
 
 
@@ -213,7 +235,7 @@ def _refuse_wrong_tensors(name: str, model: nn.Module, info: dict[str, Any]) -> 
         for key in sorted(set(info["missing_keys"]) - mismatched)
     ]
     found += [f"tensor {key}: expected no such tensor, got one" for key in sorted(info["unexpected_keys"])]
-    found += [_one_line(message) for message in info["error_msgs"]]
+    found += [one_line(message) for message in info["error_msgs"]]
     found += [
         f"tensor {key}: expected finite numbers, got NaN or infinity"
         for key, tensor in model.named_parameters()
@@ -241,7 +263,3 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,44 @@
+"""What goes wrong, in one line, and memory running out told from mistakes in a program."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# How allocators word it: torch has a class of its own for accelerators only, and not for each of their ways.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def one_line(error: object) -> str:
+    """The message without line breaks; the name of the class where there is none.
+
+    Example:
+        >>> one_line(ValueError("expected one,  got\\n two"))
+        'expected one, got two'
+    """
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator, of the CPU or of an accelerator, found no memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Raises `MemoryError` with a message where any allocator finds no memory; all else passes through.
+
+    Example:
+        >>> with memory_for("a picture"):
+        ...     raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+        Traceback (most recent call last):
+        MemoryError: expected enough memory for a picture, got: Tried to allocate 2 GiB
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"expected enough memory for {what}, got: {one_line(error)}") from error
