@@ -181,6 +181,8 @@ def _load_config(name: str, source: str, options: dict[str, Any]) -> FilaConfig:
         found, _ = PreTrainedConfig.get_config_dict(source, **options)
     except Exception as error:  # transformers takes for granted that it holds an object
         raise CheckpointError(f"checkpoint {name}: config.json cannot be read: {one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"checkpoint {name}: config.json: expected an object, got {type(found).__name__}")
     if found.get("model_type") != "fila":
         raise CheckpointError(f'checkpoint {name}: expected model_type "fila", got {found.get("model_type")!r}')
     if found.get("quantization_config") is not None:

@@ -170,7 +170,7 @@ def test_a_tokenizer_for_another_model(copy):
 @pytest.mark.parametrize(
     "file, content, message",
     [
-        ("config.json", "[]", "config.json cannot be read"),
+        ("config.json", "[]", "config.json: expected an object, got list"),
         ("chat_template.jinja", "{{ nothing.at_all }}", "its processor cannot be made"),
         ("chat_template.jinja", "{% if %}", "its processor cannot be made"),
         ("chat_template.jinja", "What?", "one <image>, got 'What\\?'"),
@@ -204,7 +204,7 @@ def test_no_memory_for_the_model(checkpoint, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(FilaForConditionalGeneration, "to", refuse)
-    with pytest.raises(MemoryError, match="expected enough memory for the model, got: .*full"):
+    with pytest.raises(MemoryError, match=r"expected enough memory for the model, got: .*full"):
         load(checkpoint)
 
 
