@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
+from transformers import GenerationConfig
 
 import fila_kernels
 from fila.geometry import Layout
@@ -126,17 +127,13 @@ def answer_batch(
     clock.lap("preprocess")
 
     with clock.around(model.model.vision_tower, "encode"):
-        # A generated image token would ask for an image feature that does not exist.
-        with quiet():
-            out = model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-                suppress_tokens=[model.config.image_token_id], return_dict_in_generate=True, output_logits=True,
-            )  # fmt: skip
+        with quiet(), _greedy(model, processor, max_new_tokens) as greedy:
+            out = model.generate(**inputs, generation_config=greedy)
         clock.lap("generate", without="encode")
     if not all(torch.isfinite(logits).all() for logits in out.logits):
         raise ValueError(f"expected finite numbers from the model in {model.dtype}, got NaN or infinity")
 
-    ends = _end_tokens(model)
+    ends = _end_tokens(model, processor)
     new_tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
     answers = []
     for i, (picture, question, said) in enumerate(zip(pictures, questions, new_tokens.tolist(), strict=True)):
@@ -281,6 +278,35 @@ def _question_notes(processor: FilaProcessor, question: str) -> Iterator[str]:
         yield f"the model does not know the characters {''.join(strange)!r} of the question"
 
 
-def _end_tokens(model: FilaForConditionalGeneration) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, (list, tuple)) else {ends}
+@contextmanager
+def _greedy(
+    model: FilaForConditionalGeneration, processor: FilaProcessor, max_new_tokens: int
+) -> Iterator[GenerationConfig]:
+    """Settings for greedy decoding; the model's own, which would fill in what these leave open, are away meanwhile."""
+    greedy = GenerationConfig(
+        eos_token_id=sorted(_end_tokens(model, processor)) or None,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        bos_token_id=processor.tokenizer.bos_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        # A generated image token would ask for an image feature that does not exist.
+        suppress_tokens=[model.config.image_token_id],
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    own, model.generation_config = model.generation_config, greedy
+    try:
+        yield greedy
+    finally:
+        model.generation_config = own
+
+
+def _end_tokens(model: FilaForConditionalGeneration, processor: FilaProcessor) -> set[int]:
+    """The tokens that end an answer: tokenizer, language model and checkpoint may each know others."""
+    found: set[int] = set()
+    for ends in (
+        processor.tokenizer.eos_token_id, model.config.text_config.eos_token_id, model.generation_config.eos_token_id
+    ):  # fmt: skip
+        found |= set(ends) if isinstance(ends, (list, tuple)) else set() if ends is None else {ends}
+    return found

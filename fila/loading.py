@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from fila.configuration import FilaConfig
@@ -28,6 +28,7 @@ HUB_PREFIX = "hf:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REQUIRED_FILES = ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 STORED_DTYPES = ("F32", "F16", "BF16", "F64")  # as safetensors names them; others would be cast in silence
 MOST_NAMED = 3  # tensors named in one message
 
@@ -141,6 +142,13 @@ def _locate(path: str | Path | None) -> tuple[str, str, dict[str, Any]]:
     for file in REQUIRED_FILES:
         if not (folder / file).is_file():
             raise CheckpointError(f"checkpoint {folder}: expected a file {file}, got none")
+    if (folder / GENERATION).is_file():
+        # transformers goes on without one it cannot read, and so without the tokens that end an answer.
+        try:
+            with quiet():
+                GenerationConfig.from_dict({**json.loads((folder / GENERATION).read_text())})
+        except Exception as error:  # nothing there is checked for its type
+            raise CheckpointError(f"checkpoint {folder}: {GENERATION} cannot be read: {one_line(error)}") from error
     for weights in _weight_files(folder):
         try:
             with safe_open(weights, framework="pt") as tensors:

@@ -15,7 +15,7 @@ from fila import FilaForConditionalGeneration
 from fila.geometry import Geometry
 from fila.images import ImageError
 from fila.inference import CheckpointError, answer, answer_batch, load
-from fila.loading import REQUIRED_FILES, WEIGHTS, WEIGHTS_INDEX
+from fila.loading import GENERATION, REQUIRED_FILES, WEIGHTS, WEIGHTS_INDEX
 from tests.model.tiny_checkpoint import save_checkpoint
 
 TENSOR = "model.image_newline"
@@ -174,6 +174,8 @@ def test_a_tokenizer_for_another_model(copy):
         ("chat_template.jinja", "{{ nothing.at_all }}", "its processor cannot be made"),
         ("chat_template.jinja", "{% if %}", "its processor cannot be made"),
         ("chat_template.jinja", "What?", "one <image>, got 'What\\?'"),
+        (GENERATION, "{", f"{GENERATION} cannot be read"),
+        (GENERATION, "[]", f"{GENERATION} cannot be read"),
         (WEIGHTS_INDEX, '{"weight_map": {"a": 5}}', "expected names of files, got 5"),
     ],
 )
@@ -234,6 +236,15 @@ def test_what_cannot_be_had(checkpoint, options, message):
 
 
 # --- answers
+
+
+def test_answers_do_not_depend_on_how_a_checkpoint_would_generate(copy, loaded):
+    own = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "num_beams": 3}
+    (copy / GENERATION).write_text(json.dumps({**own, "eos_token_id": None, "suppress_tokens": list(range(5, 60))}))
+    model, processor = load(copy)
+    expected, found = (answer(*pair, picture(), "What?", max_new_tokens=6) for pair in (loaded, (model, processor)))
+    assert found.text == expected.text
+    assert model.generation_config.repetition_penalty == 9.0
 
 
 def test_an_answer_says_how_it_came_about(loaded):
