@@ -109,9 +109,12 @@ def _as_file(source: Any, name: str | None) -> tuple[IO[bytes], str]:
         return io.BytesIO(source), name or f"{len(source)} bytes"
     if hasattr(source, "read"):
         name = name or str(getattr(source, "name", type(source).__name__))
-        if hasattr(source, "seekable") and source.seekable():
-            return source, name
-        return io.BytesIO(source.read()), name  # a pipe; Pillow has to go back and forth
+        try:
+            if hasattr(source, "seekable") and source.seekable():
+                return source, name
+            return io.BytesIO(source.read()), name  # a pipe; Pillow has to go back and forth
+        except Exception as error:  # closed, failing, or of text
+            raise ImageError(f"{name}: expected a binary file that can be read, got: {error}") from error
     raise ImageError(
         f"{name or 'image'}: expected a path, bytes, a binary file, a PIL image, an array or a tensor, "
         f"got {type(source).__name__}"
@@ -214,10 +217,15 @@ def _scaled(values: np.ndarray, name: str) -> np.ndarray:
     if values.dtype == np.uint8:
         return values
     if values.dtype == np.uint16:
+        if 0 < values.max() <= 255:  # 8 bits in a wider type; scaled they would all be black
+            raise ImageError(
+                f"{name}: expected 16-bit values in 0..65535, got at most {values.max()}: convert to L (8 bits)"
+            )
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    low, high = values.min(), values.max()
     if values.dtype.kind != "f":
-        raise ImageError(f"{name}: expected uint8, uint16 or floats in 0..1, got {values.dtype} in {low}..{high}")
+        found = f"{values.dtype} in {values.min()}..{values.max()}" if values.dtype.kind in "iu" else str(values.dtype)
+        raise ImageError(f"{name}: expected uint8, uint16 or floats in 0..1, got {found}")
+    low, high = values.min(), values.max()
     if not (low >= 0 and high <= 1):  # so that NaN fails too
         raise ImageError(f"{name}: expected floats in 0..1, got values from {low:g} to {high:g}")
     return np.rint(values * 255).astype(np.uint8)
@@ -225,6 +233,10 @@ def _scaled(values: np.ndarray, name: str) -> np.ndarray:
 
 def _from_array(array: np.ndarray | torch.Tensor, order: str | None, max_side: int, name: str) -> Image.Image:
     if isinstance(array, torch.Tensor):
+        if array.layout != torch.strided or array.is_meta or array.is_quantized or array.is_complex():
+            raise ImageError(
+                f"{name}: expected a dense tensor of real numbers, got {array.dtype}, {array.layout} on {array.device}"
+            )
         array = array.detach().cpu()
         # numpy knows no bfloat16
         array = (array.float() if array.is_floating_point() else array).numpy()

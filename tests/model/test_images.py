@@ -203,6 +203,32 @@ def test_other_sources_are_refused(source: object, message: str) -> None:
         load_image(source)
 
 
+class Failing(io.RawIOBase):
+    """A file that gives nothing but an error, or what no binary file gives."""
+
+    def __init__(self, gives: object, seekable: bool) -> None:
+        self.gives, self.can_seek = gives, seekable
+
+    def seekable(self) -> bool:
+        return self.can_seek
+
+    def read(self, size: int = -1) -> object:
+        if isinstance(self.gives, Exception):
+            raise self.gives
+        return self.gives
+
+
+@pytest.mark.parametrize("seekable", [True, False])
+@pytest.mark.parametrize("gives", [OSError("gone"), ValueError("closed"), "text"], ids=str)
+def test_files_that_cannot_be_read_are_refused(gives: object, seekable: bool) -> None:
+    with pytest.raises(ImageError, match="expected a"):
+        load_image(Failing(gives, seekable))
+    closed = io.BytesIO(encoded(noise()))
+    closed.close()
+    with pytest.raises(ImageError, match=r"expected a binary file that can be read, got: .*closed"):
+        load_image(closed)
+
+
 def test_messages_use_the_name_given() -> None:
     with pytest.raises(ImageError, match=r"^page 3: expected a picture"):
         load_image(b"", name="page 3")
@@ -268,6 +294,15 @@ def test_a_transparent_grey_of_16_bits_is_white() -> None:
     values = np.array([[0, 1_000]], np.uint16)
     loaded = load_image(encoded(Image.fromarray(values), transparency=1_000))
     assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), WHITE]
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_8_bits_in_a_wider_type_are_refused_and_black_is_black(kind: type) -> None:
+    values = np.array([[0, 255]], kind)
+    for source in (Image.fromarray(values), encoded(Image.fromarray(values), "TIFF")):
+        with pytest.raises(ImageError, match=r"expected 16-bit values in 0..65535, got at most 255: convert to L"):
+            load_image(source)
+    assert load_image(Image.fromarray(values[:, :1])).getpixel((0, 0)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("values", [[[0, 70_000]], [[-1, 5]]])
@@ -347,12 +382,16 @@ def test_a_narrow_picture_is_read_the_way_it_is_stated() -> None:
         (np.zeros((2, 2), np.int64), "got int64"),
         (np.zeros((2, 2), bool), "got bool"),
         (np.zeros((2, 2), complex), "got complex128"),
+        (np.full((2, 2), "a"), "got <U1"),
+        (np.full((2, 2), None), "got object"),
+        (torch.zeros(2, 2).to_sparse(), "dense tensor of real numbers, got .*sparse_coo"),
+        (torch.zeros(2, 2, device="meta"), "dense tensor of real numbers, got .* on meta"),
         (np.zeros((2, 2, 5), np.uint8), "1 to 4 channels"),
         (np.zeros(5, np.uint8), "got 1"),
         (np.zeros((1, 2, 2, 3), np.uint8), "got 4"),
     ],
 )
-def test_arrays_of_other_kinds_are_refused(array: np.ndarray, message: str) -> None:
+def test_arrays_of_other_kinds_are_refused(array: np.ndarray | torch.Tensor, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         load_image(array, input_data_format="channels_last")
 
