@@ -181,9 +181,19 @@ class FilaImageProcessor(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _refuse_overrides(self, kwargs: dict[str, Any]) -> None:
+        known = {*self.valid_kwargs.__required_keys__, *self.valid_kwargs.__optional_keys__, *ALWAYS}
         for name, value in kwargs.items():
+            if value is None:
+                continue
+            if name not in known:
+                raise ValueError(f"expected a setting of {type(self).__name__}, got {name}={value!r}")
             own = ALWAYS.get(name, getattr(self, name, None))
-            if value is not None and value != own:
+            if own is None:
+                raise ValueError(
+                    f"{name} cannot be changed for one call: expected it left out, since nothing here depends on it, "
+                    f"got {value!r}"
+                )
+            if _as_lists(value) != _as_lists(own):
                 raise ValueError(
                     f"{name} cannot be changed for one call: expected {own!r}, got {value!r}; set it on the processor"
                 )
@@ -214,9 +224,20 @@ class FilaImageProcessor(BaseImageProcessor):
 
 
 def _three(values: Any, name: str, above: float = -math.inf) -> list[float]:
-    if not isinstance(values, Sequence) or len(values) != 3 or not all(value > above for value in values):
+    # NaN, too, is above nothing.
+    if not (
+        isinstance(values, Sequence)
+        and len(values) == 3
+        and all(isinstance(value, (int, float, np.floating)) and above < value < math.inf for value in values)
+    ):
         raise ValueError(f"expected {name} to be three numbers{' above 0' if above == 0 else ''}, got {values!r}")
     return list(values)
+
+
+def _as_lists(value: Any) -> Any:
+    """Tuples and arrays as lists, so that what holds the same is the same."""
+    value = value.tolist() if isinstance(value, (np.ndarray, torch.Tensor)) else value
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @lru_cache(maxsize=64)

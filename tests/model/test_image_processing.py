@@ -153,6 +153,14 @@ def test_bad_images_are_refused_and_frames_are_said(tmp_path: Path) -> None:
 def test_calls_cannot_change_the_geometry() -> None:
     processor = nano()
     processor(noise(9, 9), do_pad=True, do_resize=True, high_res_rule="scaled", resample=None)
+    for given in (tuple(processor.image_mean), np.array(processor.image_mean)):
+        processor(noise(9, 9), image_mean=given)
+    processor(noise(9, 9), image_grid_pinpoints=tuple(map(tuple, processor.image_grid_pinpoints)))
+    with pytest.raises(ValueError, match="image_mean cannot be changed for one call"):
+        processor(noise(9, 9), image_mean=np.zeros(3))
+    for name in ("preprocess", "nonsense"):
+        with pytest.raises(ValueError, match=f"expected a setting of FilaImageProcessor, got {name}=5"):
+            processor(noise(9, 9), **{name: 5})
     for name, value in (("high_res_rule", "direct"), ("tile_size", 336), ("do_normalize", False), ("size", 5)):
         with pytest.raises(ValueError, match=f"{name} cannot be changed for one call"):
             processor(noise(9, 9), **{name: value})
@@ -168,6 +176,10 @@ def test_calls_cannot_change_the_geometry() -> None:
         ({"max_image_side": 0}, "max_image_side to be a whole number"),
         ({"resample": 9}, "resample to be one of PIL's filters, 0 to 5, got 9"),
         ({"resample": "x"}, "resample to be one of PIL's filters"),
+        ({"image_mean": [0.5, 0.5, float("inf")]}, "image_mean to be three numbers"),
+        ({"image_mean": [0.5, 0.5, float("-inf")]}, "image_mean to be three numbers"),
+        ({"image_mean": "0.5"}, "image_mean to be three numbers, got '0.5'"),
+        ({"image_std": [0.5, "a", 0.5]}, "image_std to be three numbers above 0"),
         ({"image_std": [0.5, 0, 0.5]}, "image_std to be three numbers above 0"),
     ],
 )
