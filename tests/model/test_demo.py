@@ -1,0 +1,33 @@
+"""The demo runs on a checkpoint of random weights: a table, a count and an explaining picture for each question."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from tests.model.tiny_checkpoint import save_checkpoint
+
+
+def test_the_demo_answers_counts_and_explains(root: Path, tmp_path: Path, capsys) -> None:
+    spec = importlib.util.spec_from_file_location("demo", root / "examples" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+
+    out = tmp_path / "out"
+    assert demo.main(["--model", str(save_checkpoint(tmp_path / "checkpoint")), "--out", str(out)]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"[0-{len(demo.CASES)}] of {len(demo.CASES)} answered right", last)
+    pictures = sorted(out.iterdir())
+    assert [path.name for path in pictures] == [
+        f"{i}-{Path(case.picture).stem}.png" for i, case in enumerate(demo.CASES, 1)
+    ]
+    for path in pictures:
+        with Image.open(path) as drawn:
+            drawn.load()
+            assert min(drawn.size) > 100
+
+    assert demo.main(["--model", str(tmp_path / "nowhere"), "--out", str(out)]) == 2
+    assert capsys.readouterr().err.startswith("demo: error: checkpoint ")
