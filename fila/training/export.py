@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"expected {len(expected)} weights of {args.preset}, got {len(saved['average'])} others")
     trainee.load_state_dict(saved["average"], strict=False)  # not strict: a tied weight is stored once
     model = trainee.export
-    gates = [float(fusion.alpha) for fusion in model.model.vision_tower.fusion]
+    gates = [fusion.alpha.item() for fusion in model.model.vision_tower.fusion]
     if max(map(abs, gates)) < LEAST_GATE:
         raise ValueError(f"expected a gate of at least {LEAST_GATE}, got {gates}: the ConvNeXt was never used")
     model.to(torch.bfloat16).save_pretrained(args.out)
