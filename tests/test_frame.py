@@ -88,7 +88,7 @@ def make_targets() -> list[str]:
 def test_make_target_is_documented_and_sets_up_first(target):
     help_text = subprocess.check_output(["make", "-s", "help"], cwd=ROOT, text=True)
     assert re.search(rf"^make {target} ", help_text, flags=re.MULTILINE)
-    plan = subprocess.check_output(["make", "-n", target], cwd=ROOT, text=True)
+    plan = subprocess.check_output(["make", "-n", "--no-print-directory", target], cwd=ROOT, text=True)
     if ".venv/bin/" in plan:
         assert "tools/environment.py" in plan.splitlines()[0]
 
