@@ -1,10 +1,14 @@
-"""A small FILA with random weights and open gates, as the model tests need it; made once, never trained."""
+"""A small FILA with random weights, in memory with open gates and on disk; made once, never trained."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from fila import FilaForConditionalGeneration, FilaImageProcessor, FilaProcessor, preset
+from fila.loading import load
 from fila.tokenization import build_character_tokenizer
+from tests.model.tiny_checkpoint import save_checkpoint
 
 
 def open_gates(model: FilaForConditionalGeneration, alpha: float = 0.5) -> None:
@@ -26,3 +30,13 @@ def nano() -> FilaForConditionalGeneration:
 def nano_processor() -> FilaProcessor:
     geometry = preset("fila-nano").vision_config.geometry()
     return FilaProcessor(FilaImageProcessor.from_geometry(geometry), build_character_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    return load(checkpoint)

@@ -17,20 +17,8 @@ from PIL import Image
 
 import fila.inference
 from fila.cli import BAD_INPUT, CLOSED_PIPE, INTERRUPTED, main
-from fila.inference import load
-from tests.model.tiny_checkpoint import save_checkpoint
 
 QUESTION = "What is the total?"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint):
-    return load(checkpoint)
 
 
 @pytest.fixture

@@ -22,16 +22,6 @@ TENSOR = "model.image_newline"
 ALPHA = "model.vision_tower.fusion.0.alpha"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint):
-    return load(checkpoint)
-
-
 @pytest.fixture
 def copy(checkpoint, tmp_path) -> Path:
     """A checkpoint to damage; its weights are a link until a test replaces them."""
