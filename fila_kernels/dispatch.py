@@ -2,8 +2,6 @@
 
 import os
 
-import torch
-
 BACKENDS = ("reference", "torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "FILA_KERNELS_BACKEND"
 
@@ -57,9 +55,3 @@ def resolve(backend: str | None = None, plan: str | None = None) -> tuple[str, s
 def backend_report() -> dict[str, dict[str, object]]:
     """For each backend whether it is available and why."""
     return {name: dict(zip(("available", "reason"), available(name), strict=True)) for name in BACKENDS}
-
-
-def check_device(device: torch.device) -> None:
-    """No kernel of this package runs without data."""
-    if device.type == "meta":
-        raise ValueError("device: expected tensors with data (cpu or cuda), got meta tensors")

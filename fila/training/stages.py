@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fila.configuration import FilaConfig
 from fila.fragments.pages import CHARSET, SHAPES
@@ -147,7 +148,11 @@ class Trainee(nn.Module):
         model, tower = self.export, self.export.model.vision_tower
         images = {k: batch.inputs[k] for k in ("pixel_values", "image_sizes", "high_res_pixel_values")}
         maps: list[list[Tensor]] = []
-        with tower.convnext.register_forward_hook(lambda module, args, out: maps.append(out)):
+        projected: list[Tensor] = []
+        with (
+            tower.convnext.register_forward_hook(lambda module, args, out: maps.append(out)),
+            model.model.multi_modal_projector.register_forward_hook(lambda module, args, out: projected.append(out)),
+        ):
             features = model.get_image_features(**images)
         # No attention mask: texts are padded on the right, where causal attention never looks back from.
         outputs = model(
@@ -155,11 +160,10 @@ class Trainee(nn.Module):
         )
         labels = torch.cat([view_labels(s, layout) for s, layout in zip(batch.slots, batch.layouts, strict=True)])
         logits = self.heads.tokens(features.last_hidden_state[:, 1:])
-        projected = model.model.multi_modal_projector(features.last_hidden_state[:, 1:])
         losses = {
             "answer": outputs.loss,
             "tokens": dense_loss(logits, labels),
-            "grid": self._grid_loss(projected, labels),
+            "grid": self._grid_loss(projected[0], labels),
         }
         return losses if name == "align" else losses | self._map_losses(maps, batch)
 
@@ -171,10 +175,11 @@ class Trainee(nn.Module):
         features, _ = model.pack_image_features(
             list(views), batch.inputs["image_sizes"].tolist(), "default", model.image_newline
         )
-        embeds = model.get_input_embeddings()(batch.inputs["input_ids"])
-        mask = model.get_placeholder_mask(batch.inputs["input_ids"], embeds, torch.cat(features))
-        embeds = embeds.masked_scatter(mask, torch.cat(features).to(embeds.dtype))
-        return self.export(inputs_embeds=embeds, labels=batch.labels).loss
+        grid = BaseModelOutputWithPooling(pooler_output=features)
+        outputs = self.export(
+            input_ids=batch.inputs["input_ids"], labels=batch.labels, mm_encoder_outputs={"image": grid}
+        )
+        return outputs.loss
 
     def _vision(self, batch: PageBatch) -> dict[str, Tensor]:
         """Character-map losses of the two towers, each alone."""
@@ -227,12 +232,3 @@ def dense_loss(logits: Tensor, labels: Tensor) -> Tensor:
     weight[0] = EMPTY_WEIGHT
     logits = logits.float().reshape(-1, NUM_CLASSES)
     return F.cross_entropy(logits, labels.reshape(-1), weight=weight, ignore_index=IGNORE)
-
-
-@torch.no_grad()
-def read_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of the occupied slots whose character is named right."""
-    predicted = logits.reshape(-1, NUM_CLASSES).argmax(-1)
-    labels = labels.reshape(-1)
-    occupied = labels > 0
-    return (predicted[occupied] == labels[occupied]).float().mean().item()
