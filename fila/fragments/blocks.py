@@ -1,4 +1,4 @@
-"""Blocks of a page: labelled lines, shapes with words around them, titles, lists, lone numbers, plain text.
+"""Blocks of a page: labelled lines, shapes between words, titles, lone numbers, plain text.
 
 A block is laid out in canvas pixels relative to its own upper left corner and later moved as one piece; text is a
 list of runs whose glyphs are placed one by one from the face's metrics. Each block can carry one `Ask`: what of it
@@ -229,21 +229,19 @@ def prefixed(rng: Random, style: Style, target: bool, whole: bool) -> Block | No
     return Block([run], advance(face, text, em), step, ask)
 
 
-def shape(rng: Random, style: Style, target: bool, side: str | None = None) -> Block | None:
-    """A shape with a word, number or code above and below it, sometimes also left and right."""
+def shape(rng: Random, style: Style, target: bool, side: str = "above") -> Block | None:
+    """A shape with a word, number or code above and below it; `side` is what may be asked."""
     if not style.shapes:
         return None
     name = style.shapes.pop()
-    sides = ["above", "below"]
-    if side in ("left", "right") or (side is None and rng.random() < 0.15):
-        sides = ["left", "right"] + (sides if rng.random() < 0.3 else [])
+    sides = ("above", "below")
     texts = []
     for _ in sides:
         r = rng.random()
         texts.append(style.word(rng, 9) if r < 0.6 else words.number(rng) if r < 0.8 else words.code(rng))
-    if len(set(texts)) < len(texts):
+    if texts[0] == texts[1]:
         return None
-    asked = sides.index(side) if side else 0
+    asked = sides.index(side)
     face = style.face(rng)
     em = style.em(rng, face, texts[asked] if target else None)
     if em is None:
@@ -251,26 +249,13 @@ def shape(rng: Random, style: Style, target: bool, side: str | None = None) -> B
     step, r = pitch(rng, em), rng.uniform(4.5, 9.0)
     widths = [advance(face, t, em) for t in texts]
     color = style.color(rng)
-    gap = rng.uniform(3.0, 6.0)
-    half = max(r + gap * 0.5 + step / 2, LINE_PITCH)
-    left = max(
-        [r + 1]
-        + [r + gap + w if s == "left" else 0.0 if s == "right" else w / 2 for s, w in zip(sides, widths, strict=True)]
-    )
-    right = max(
-        [r + 1]
-        + [r + gap + w if s == "right" else 0.0 if s == "left" else w / 2 for s, w in zip(sides, widths, strict=True)]
-    )
-    vertical = "above" in sides
-    cy = half + step / 2 if vertical else max(r + 1, step / 2)
+    half = max(r + rng.uniform(1.5, 3.0) + step / 2, LINE_PITCH)
+    cx, cy = max(r + 1, *(w / 2 for w in widths)), half + step / 2
     runs = []
-    for s, text, w in zip(sides, texts, widths, strict=True):
-        x = {"left": left - r - gap - w, "right": left + r + gap}.get(s, left - w / 2)
-        middle = cy + {"above": -half, "below": half}.get(s, 0.0)
-        runs.append(Run(text, face, em, x, middle + em * face.cap_height / 2, color))
-    mark = Mark(name, left, cy, r, rng.random() < 0.4, style.color(rng))
-    ask = Ask(sides[asked], name, asked, 0, len(texts[asked]))
-    return Block(runs, left + right, 2 * cy, ask, [mark])
+    for text, w, away in zip(texts, widths, (-half, half), strict=True):
+        runs.append(Run(text, face, em, cx - w / 2, cy + away + em * face.cap_height / 2, color))
+    mark = Mark(name, cx, cy, r, rng.random() < 0.4, style.color(rng))
+    return Block(runs, 2 * cx, 2 * cy, Ask(side, name, asked, 0, len(texts[asked])), [mark])
 
 
 def lone(rng: Random, style: Style, target: bool, kind: str) -> Block | None:
@@ -307,35 +292,6 @@ def title(rng: Random, style: Style, target: bool) -> Block | None:
     return block
 
 
-def lines(rng: Random, style: Style, target: bool, room: int, kind: str) -> Block | None:
-    """A list of two to four lines, numbered ("item") or not ("row")."""
-    count = rng.randint(2, max(2, min(4, room)))
-    texts = []
-    for _ in range(count):
-        r = rng.random()
-        if r < 0.5:
-            texts.append(style.word(rng, 10))
-        elif r < 0.75:
-            texts.append(f"{style.word(rng, 6)} {rng.randrange(1000)}")
-        else:
-            texts.append(rng.choice((words.number, words.code, words.date, words.amount))(rng))
-    pick = rng.randrange(count)
-    face = style.face(rng)
-    em = style.em(rng, face, texts[pick] if target else None)
-    if em is None:
-        return None
-    step, color = pitch(rng, em), style.color(rng)
-    mark = rng.choice((".", ")", ":")) if kind == "item" else ""
-    runs = []
-    for i, text in enumerate(texts):
-        shown = f"{i + 1}{mark} {text}" if mark else text
-        runs.append(Run(shown, face, em, 0.0, i * step + baseline(face, em, step), color))
-    start = len(f"1{mark} ") if mark else 0
-    width = max(advance(face, r.text, em) for r in runs)
-    ask = Ask(kind, str(pick + 1), pick, start, len(runs[pick].text))
-    return Block(runs, width, count * step, ask)
-
-
 def prose(rng: Random, style: Style, room: int, digits: bool = True, letters: bool = True) -> Block | None:
     """One to three lines that nothing is asked about."""
     face = style.face(rng)
@@ -351,7 +307,8 @@ def prose(rng: Random, style: Style, room: int, digits: bool = True, letters: bo
             if letters and (not digits or rng.random() < 0.8):
                 parts.append(style.word(rng, 9))
             else:
-                parts.append(rng.choice((words.number, words.code if letters else words.amount, words.percent))(rng))
+                kinds = (words.number, words.amount, words.percent, words.phone)
+                parts.append(rng.choice((*kinds, words.code, words.date, words.clock) if letters else kinds)(rng))
         text = " ".join(parts) + rng.choice(("", "", ".", ",")) * letters
         while parts and advance(face, text, em) > style.width:
             parts.pop()

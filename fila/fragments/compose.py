@@ -17,8 +17,8 @@ from fila.geometry import Geometry, Layout
 
 CANVAS_SHARES = {(1, 2): 0.2, (2, 1): 0.2, (2, 2): 0.3, (1, 3): 0.15, (3, 1): 0.15}  # (rows, columns) of tiles
 KIND_SHARES = {
-    "field": 26, "date": 8, "above": 10, "below": 10, "left": 4, "right": 4, "number": 7, "word": 6, "shown_date": 3,
-    "title": 5, "line": 5, "after": 6, "item": 4, "row": 4, "box": 4,
+    "field": 32, "date": 10, "above": 13, "below": 13, "number": 8, "word": 7, "shown_date": 4, "title": 4, "line": 4,
+    "after": 5,
 }  # fmt: skip
 _KINDS, _KIND_WEIGHTS = tuple(KIND_SHARES), tuple(KIND_SHARES.values())
 _ATTEMPTS, _PATIENCE = 400, 40
@@ -41,30 +41,34 @@ class Page:
         return self.blocks[0].answer
 
 
-def find_page(rng: Random, *, split: str, fonts: FontSet, geometry: Geometry, cut: bool, measure: bool) -> Page:
+def find_page(
+    rng: Random, *, split: str, fonts: FontSet, geometry: Geometry, cut: bool, measure: bool, crowded: bool = False
+) -> Page:
     """Plans pages until one fits and, with `measure`, until the drawn answer is cut or intact as wanted."""
     for attempt in range(_ATTEMPTS):
         if attempt % _PATIENCE == 0:  # kept for a while, or the kinds and canvases that fit easily would crowd the rest
             layout, kind = draw_layout(rng, geometry), rng.choices(_KINDS, _KIND_WEIGHTS)[0]
-        page = plan_page(rng, split=split, fonts=fonts, layout=layout, kind=kind, cut=cut)
+        page = plan_page(rng, split=split, fonts=fonts, layout=layout, kind=kind, cut=cut, crowded=crowded)
         if page is not None and (not measure or measured(page) == ("cut" if cut else "intact")):
             return page
     raise RuntimeError(f"no page found for split {split}, cut {cut} in {_ATTEMPTS} attempts: is a tile too small?")
 
 
-def plan_page(rng: Random, *, split: str, fonts: FontSet, layout: Layout, kind: str, cut: bool) -> Page | None:
+def plan_page(
+    rng: Random, *, split: str, fonts: FontSet, layout: Layout, kind: str, cut: bool, crowded: bool = False
+) -> Page | None:
     """One attempt at a page, or None where the block with the answer does not fit."""
     style = _style(rng, split, fonts, layout)
     target = _target(rng, style, kind, layout)
     if target is None or target.width > style.width or not 0 < len(target.answer) <= LONGEST_ANSWER:
         return None
     assert target.ask is not None
-    _decorate(rng, style, target, boxed=kind == "box", box_allowed=kind == "box" or rng.random() < 0.1)
+    _decorate(rng, style, target, bordered=0.05)
     if not _place_target(rng, target, layout, cut):
         return None
     question = phrase(rng, target.ask.kind, target.ask.subject)
     placed = [target]
-    _fill(rng, style, placed, layout, kind)
+    _fill(rng, style, placed, layout, kind, crowded)
     return Page(layout, style, placed, target.ask.kind, question, cut, rng.getrandbits(32))
 
 
@@ -177,26 +181,19 @@ def _target(rng: Random, style: Style, kind: str, layout: Layout) -> Block | Non
     room = int(layout.content.height // 16)
     if kind in ("field", "date"):
         return make.fields(rng, style, True, room, "date" if kind == "date" else None)
-    if kind in ("above", "below", "left", "right"):
+    if kind in ("above", "below"):
         return make.shape(rng, style, True, kind)
     if kind in ("number", "word", "shown_date"):
         return make.lone(rng, style, True, kind)
     if kind == "title":
         return make.title(rng, style, True)
-    if kind in ("line", "after"):
-        return make.prefixed(rng, style, True, kind == "line")
-    if kind in ("item", "row"):
-        return make.lines(rng, style, True, room, kind)
-    block = make.lone(rng, style, True, rng.choice(("number", "word", "shown_date")))
-    if block is not None and block.ask is not None:
-        block.ask = block.ask._replace(kind="box")
-    return block
+    return make.prefixed(rng, style, True, kind == "line")
 
 
-def _decorate(rng: Random, style: Style, block: Block, boxed: bool, box_allowed: bool) -> None:
-    """Sometimes a tinted or inverted panel; a border only where a box may be drawn."""
+def _decorate(rng: Random, style: Style, block: Block, bordered: float) -> None:
+    """A border for a share of the blocks; sometimes a tinted or inverted panel."""
     r = rng.random()
-    if boxed or (box_allowed and r < 0.5):
+    if r < bordered:
         block.border = style.ink
     elif r < 0.88 or style.dark:
         return
@@ -263,12 +260,10 @@ def _quantile(cumulative: tuple[float, ...], share: float) -> float:
     return 1.0
 
 
-def _fill(rng: Random, style: Style, placed: list[Block], layout: Layout, kind: str) -> None:
+def _fill(rng: Random, style: Style, placed: list[Block], layout: Layout, kind: str, crowded: bool) -> None:
     """Other blocks around the target, none of which makes the question ambiguous."""
     content = layout.content
     top = content.y0 + 1
-    if kind == "row":  # "line 2" must mean one line of the page
-        return
     if kind == "title":
         top = placed[0].y + placed[0].height
     elif rng.random() < 0.3 and kind not in ("word", "number", "shown_date"):
@@ -284,18 +279,27 @@ def _fill(rng: Random, style: Style, placed: list[Block], layout: Layout, kind: 
         block = _other(rng, style, kind, layout)
         if block is None or block.width > style.width or block.height > content.y1 - 1 - top:
             continue
-        _decorate(rng, style, block, boxed=False, box_allowed=kind != "box")
+        _decorate(rng, style, block, bordered=0.5)
         for _ in range(4):
             block.x = content.x0 + 4 + rng.random() * (style.width - block.width)
             block.y = rng.uniform(top, content.y1 - 1 - block.height)
             if _free(block, placed):
                 placed.append(block)
                 break
+    y = top
+    while crowded and y < content.y1 - make.LINE_PITCH - 1:
+        block = _other(rng, style, kind, layout, plain=True)
+        if block is not None and block.width < style.width and block.height < content.y1 - 1 - y:
+            block.x, block.y = content.x0 + 4 + rng.random() * (style.width - block.width), y
+            if _free(block, placed):
+                placed.append(block)
+                y += block.height
+        y += rng.uniform(1.0, 3.0)
 
 
-def _other(rng: Random, style: Style, kind: str, layout: Layout) -> Block | None:
-    room = int(layout.content.height // 20)
-    r = rng.random()
+def _other(rng: Random, style: Style, kind: str, layout: Layout, plain: bool = False) -> Block | None:
+    room = 1 if plain else int(layout.content.height // 20)
+    r = 0.5 if plain else rng.random()
     if kind == "word":  # the page's only word: numbers and bare shapes around it
         if r < 0.6:
             return make.lone(rng, style, False, "number")

@@ -7,6 +7,7 @@ A page is planned first (`compose`: what is written where, on the canvas the mod
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -25,17 +26,22 @@ NANO_GEOMETRY = Geometry(
     tile=64, patch=8, stride=16, canvases=((64, 128), (128, 64), (128, 128), (192, 64), (64, 192)), fixed_size=128
 )
 MOST_FURTHER = 4
+LARGEST_SPACE = 0.5  # em; a wider gap separates columns
 
 __all__ = ["CHARSET", "NANO_GEOMETRY", "SHAPES", "Glyph", "Sample", "locate", "make_sample"]
 
 
 @dataclass(frozen=True)
 class Glyph:
-    """A character and the centre of its ink box, canvas pixels. Shapes appear with the characters of `SHAPES`."""
+    """A character with the centre of its ink box and the middle of its line (of its capitals), canvas pixels.
+
+    Shapes appear with the characters of `SHAPES`. A space has the middle of its advance and of its line.
+    """
 
     char: str
     cx: float
     cy: float
+    line: float
 
 
 @dataclass
@@ -47,7 +53,7 @@ class Sample:
         answer: at most 12 characters of `CHARSET` and spaces.
         cut: whether a seam crosses a glyph of the answer.
         canvas: (height, width) in canvas pixels.
-        glyphs: every glyph and shape on the page.
+        glyphs: every glyph, space and shape on the page.
         kind: the kind of question, a key of `compose.KIND_SHARES`.
         answer_glyphs: indices into `glyphs` of the answer's characters, spaces left out.
         size: (height, width) of the picture in image pixels.
@@ -83,6 +89,7 @@ def make_sample(
     geometry: Geometry = NANO_GEOMETRY,
     cut: bool | None = None,
     render: bool = True,
+    crowded: bool = False,
 ) -> Sample:
     """The sample of a seed: the same on every machine with the same fonts and Pillow.
 
@@ -93,6 +100,7 @@ def make_sample(
         geometry: canvases, tile and fit; one row or column of tiles up to three.
         cut: whether a seam shall cut the answer; None leaves it to the seed, half and half. Nothing is cut under the
             rule "direct", which has no seams.
+        crowded: fills the page with lines around what is asked.
         render: False skips the drawing (and the measure on the drawn glyphs), for samples of text only.
 
     Returns:
@@ -101,7 +109,7 @@ def make_sample(
     rng = Random(f"{split}/{seed}")
     coin = rng.random() < 0.5
     wanted = (coin if cut is None else cut) and geometry.rule != "direct"
-    page = find_page(rng, split=split, fonts=fonts, geometry=geometry, cut=wanted, measure=render)
+    page = find_page(rng, split=split, fonts=fonts, geometry=geometry, cut=wanted, measure=render, crowded=crowded)
     glyphs, answer_glyphs = locate(page)
     image = draw_page(page) if render else None
     size = (page.layout.height, page.layout.width)
@@ -123,22 +131,33 @@ def make_sample(
 
 
 def locate(page: Page) -> tuple[list[Glyph], list[int]]:
-    """Every glyph of the page, and which of them are the answer's."""
+    """Every glyph of the page, and which of them are the answer's.
+
+    A gap between two runs of one line that is as narrow as a space counts as a space: it looks like one.
+    """
     glyphs: list[Glyph] = []
     answer: list[int] = []
     for number, block in enumerate(page.blocks):
         for mark in block.marks:
-            glyphs.append(Glyph(SHAPES[mark.shape], mark.cx + block.x, mark.cy + block.y))
+            x, y = mark.cx + block.x, mark.cy + block.y
+            glyphs.append(Glyph(SHAPES[mark.shape], x, y, y))
+        pen = baseline = -math.inf  # where the last run ended
         for index, run in enumerate(block.runs):
             asked = number == 0 and block.ask is not None and block.ask.run == index
             x, y, em, face = run.x + block.x, run.y + block.y, run.em, run.face
+            middle = y - em * face.cap_height / 2
+            if abs(y - baseline) < em / 4 and 0 < x - pen < LARGEST_SPACE * em:
+                glyphs.append(Glyph(" ", (pen + x) / 2, middle, middle))
             for i, char in enumerate(run.text):
                 m = face[char]
-                if char != " ":
+                if char == " ":
+                    glyphs.append(Glyph(" ", x + em * m.advance / 2, middle, middle))
+                else:
                     if asked and block.ask.start <= i < block.ask.end:  # type: ignore[union-attr]
                         answer.append(len(glyphs))
-                    glyphs.append(Glyph(char, x + em * (m.x0 + m.x1) / 2, y + em * (m.y0 + m.y1) / 2))
+                    glyphs.append(Glyph(char, x + em * (m.x0 + m.x1) / 2, y + em * (m.y0 + m.y1) / 2, middle))
                 x += em * m.advance
+            pen, baseline = x, y
     return glyphs, answer
 
 

@@ -13,10 +13,6 @@ PHRASES: dict[str, tuple[str, ...]] = {
               "Which text is above the {s}?", "Above the {s}?"),
     "below": ("What is below the {s}?", "What is written below the {s}?", "Read the text below the {s}.",
               "What is under the {s}?", "Which text is below the {s}?", "Below the {s}?"),
-    "left": ("What is left of the {s}?", "What is written to the left of the {s}?", "Read the text left of the {s}.",
-             "Left of the {s}?"),
-    "right": ("What is right of the {s}?", "What is written to the right of the {s}?",
-              "Read the text right of the {s}.", "Right of the {s}?"),
     "number": ("What number is shown?", "Which number is shown?", "Read the number.", "What is the number?",
                "Number?"),
     "word": ("What word is shown?", "Which word is shown?", "Read the word.", "What is the word?", "Word?"),
@@ -25,10 +21,6 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "line": ("Read the line that starts with {s}.", "Which line starts with {s}?", "Copy the line starting with {s}."),
     "after": ("What comes after {s}?", "What follows {s}?", "{s}?", "What is written after {s}?",
               "Read what comes after {s}."),
-    "item": ("What is item {s}?", "Read item {s}.", "Item {s}?", "What is number {s} on the list?"),
-    "row": ("Read line {s}.", "What is on line {s}?", "Line {s}?", "What does line {s} say?"),
-    "box": ("What is in the box?", "Read the text in the box.", "What is written in the box?",
-            "What does the box say?"),
 }  # fmt: skip
 KINDS = tuple(PHRASES)
 _AMOUNTS = frozenset(label.lower() for label in LABELS["amount"] if "mount" not in label)

@@ -45,15 +45,7 @@ def reading_lines(blocks: list[Block]) -> list[str]:
 
 def _around_shape(block: Block) -> list[tuple[str, str, str]]:
     mark = block.marks[0]
-    turns = []
-    for run in block.runs:
-        middle = run.y - run.em * run.face.cap_height / 2
-        if abs(middle - mark.cy) < mark.r / 2:
-            side = "left" if run.x < mark.cx else "right"
-        else:
-            side = "above" if middle < mark.cy else "below"
-        turns.append((side, mark.shape, run.text))
-    return turns
+    return [("above" if run.y < mark.cy else "below", mark.shape, run.text) for run in block.runs]
 
 
 def _along_line(text: str) -> list[tuple[str, str, str]]:

@@ -1,13 +1,14 @@
 """Batches for training: generated pages, the conversation about each, and where every character stands.
 
-Shapes: V views of a page, N patches a view, S `slots_per_token` of the patch, L text length.
+Shapes: V views of a page, N patches a view, S `SLOTS`, L text length.
 
-The *character map* is the dense target of stage 0: the canvas is divided into slots of 4 x 8 pixels (width x height), a
-patch of 16 into 4 columns and 2 rows of them, and each slot is labelled with the character whose ink centre lies in it.
-The *coverage map* labels every cell of 4 x 4 pixels with the character that covers it; it is what the ConvNeXt's second
-stage, whose cells are that small, learns first.
+The *character map* is the dense target of stage 0: each patch is labelled with the characters whose ink centre lies in
+its columns and whose line runs through its rows, from left to right, and with the character before them. The *coverage
+map* labels every cell of 4 x 4 pixels with the character that covers it; it is what the ConvNeXt's second stage, whose
+cells are that small, learns first.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -23,31 +24,39 @@ from fila.geometry import Geometry, Layout
 from fila.image_processing import FilaImageProcessor
 from fila.tokenization import ASSISTANT, EOS, IMAGE, USER
 
-SLOT_HEIGHT, SLOT_WIDTH, LEFT = 8, 4, 3
+HELD = 3  # characters of its own that a patch is asked for; more than three on 8 pixels are not met
+SLOTS = HELD + 1  # and the one to their left
+REACH_LEFT = 2  # patches between a patch and the character before it
 COVER, REACH = 4, (4.5, 3.2)  # canvas pixels: side of a cell; half height and half width of a character
-CLASSES = {char: i + 1 for i, char in enumerate([*CHARSET, *SHAPES.values()])}
+CLASSES = {char: i + 1 for i, char in enumerate([*CHARSET, " ", *SHAPES.values()])}
 NUM_CLASSES = 1 + len(CLASSES)  # class 0 is an empty slot
 IGNORE = -100
 TRANSCRIBE, LINE_BREAK, LONGEST_TRANSCRIPT = "Read the page.", "|", 160
 
 
-def slots_per_patch(patch: int) -> int:
-    """Character slots in a patch of that many canvas pixels."""
-    return (patch // SLOT_HEIGHT) * (patch // SLOT_WIDTH)
+def character_map(sample: Sample, patch: int) -> Tensor:
+    """[canvas height / patch, canvas width / patch, S] int64: classes of the characters of each patch, 0 for none.
 
-
-def character_map(sample: Sample) -> Tensor:
-    """[canvas height / 8, canvas width / 4] int64: the class of the character centred in each slot, 0 for none.
-
-    Of two characters in one slot, which a narrow face can do, the one further right wins.
+    The first `HELD` are its own from left to right, the last is the one before them on their line, at most `REACH_LEFT`
+    patches away. That one makes text readable in one look: "what follows a t" is then written on a single token. A
+    patch without a character has nothing to its left either.
     """
-    height, width = sample.canvas[0] // SLOT_HEIGHT, sample.canvas[1] // SLOT_WIDTH
-    slots = torch.zeros(height, width, dtype=torch.int64)
-    for glyph in sorted(sample.glyphs, key=lambda g: g.cx):
-        row, column = int(glyph.cy // SLOT_HEIGHT), int(glyph.cx // SLOT_WIDTH)
-        if 0 <= row < height and 0 <= column < width and glyph.char in CLASSES:
-            slots[row, column] = CLASSES[glyph.char]
-    return slots
+    rows, columns = sample.canvas[0] // patch, sample.canvas[1] // patch
+    lines: dict[int, list[tuple[float, int]]] = {}
+    for glyph in sample.glyphs:
+        lines.setdefault(int(glyph.line // patch), []).append((glyph.cx, CLASSES[glyph.char]))
+    labels = torch.zeros(rows, columns, SLOTS, dtype=torch.int64)
+    for row, line in lines.items():
+        if not 0 <= row < rows:
+            continue
+        before, before_column = 0, -columns
+        for column, chars in itertools.groupby(sorted(line), key=lambda placed: int(placed[0] // patch)):
+            found = [char for _, char in chars]
+            if 0 <= column < columns:
+                labels[row, column, : min(HELD, len(found))] = torch.tensor(found[:HELD])
+                labels[row, column, HELD] = before if column - before_column <= REACH_LEFT else 0
+            before, before_column = found[-1], column
+    return labels
 
 
 def coverage_map(sample: Sample) -> Tensor:
@@ -59,6 +68,8 @@ def coverage_map(sample: Sample) -> Tensor:
     covered = torch.zeros(height, width, dtype=torch.int64)
     distance = torch.full((height, width), float("inf"))
     for glyph in sample.glyphs:
+        if glyph.char == " ":
+            continue
         rows, columns = (
             range(max(0, math.ceil((c - reach) / COVER - 0.5)), min(size, math.floor((c + reach) / COVER + 0.5)))
             for c, reach, size in ((glyph.cy, REACH[0], height), (glyph.cx, REACH[1], width))
@@ -71,43 +82,16 @@ def coverage_map(sample: Sample) -> Tensor:
     return covered
 
 
-def cells(slots: Tensor, size: int) -> Tensor:
-    """Regroups a character map by cells of `size` canvas pixels: [rows, columns, slots of a cell]."""
-    h, w = size // SLOT_HEIGHT, size // SLOT_WIDTH
-    rows, columns = slots.shape[0] // h, slots.shape[1] // w
-    return slots.view(rows, h, columns, w).permute(0, 2, 1, 3).reshape(rows, columns, h * w)
-
-
-def slots_per_token(patch: int) -> int:
-    """What a patch's token should know: its own slots, and for every row of them the character to the left."""
-    return slots_per_patch(patch) + patch // SLOT_HEIGHT
-
-
-def left_characters(slots: Tensor, patch: int) -> Tensor:
-    """[rows, columns, slot rows of a patch]: the last character before each patch, at most `LEFT` slots away, or 0.
-
-    It is what makes text readable in one look: "what follows a t" is then written on the very token that holds it.
-    """
-    padded = torch.nn.functional.pad(slots, (LEFT, 0))
-    first = torch.arange(0, slots.shape[1], patch // SLOT_WIDTH) + LEFT
-    left = torch.zeros(slots.shape[0], len(first), dtype=slots.dtype)
-    for away in range(LEFT, 0, -1):
-        near = padded[:, first - away]
-        left = torch.where(near > 0, near, left)
-    return left.view(-1, patch // SLOT_HEIGHT, len(first)).transpose(1, 2)
-
-
-def view_labels(slots: Tensor, layout: Layout) -> Tensor:
-    """[V, N, S]: the character map as the views see it, and behind it the characters to the left.
+def view_labels(characters: Tensor, layout: Layout) -> Tensor:
+    """[V, N, S]: the character map as the views see it.
 
     The global view is unreadable and carries `IGNORE`.
     """
-    grid, patch = layout.geometry.grid, layout.geometry.patch
-    patches = torch.cat([cells(slots, patch), left_characters(slots, patch)], dim=-1)
+    grid = layout.geometry.grid
     if not layout.rows:
-        return patches.reshape(1, grid * grid, -1)
-    tiles = patches.view(layout.rows, grid, layout.columns, grid, -1).permute(0, 2, 1, 3, 4)
-    tiles = tiles.reshape(layout.rows * layout.columns, grid * grid, -1)
+        return characters.reshape(1, grid * grid, SLOTS)
+    tiles = characters.view(layout.rows, grid, layout.columns, grid, SLOTS).permute(0, 2, 1, 3, 4)
+    tiles = tiles.reshape(layout.rows * layout.columns, grid * grid, SLOTS)
     return torch.cat([torch.full_like(tiles[:1], IGNORE), tiles])
 
 
@@ -135,7 +119,7 @@ class Page:
 
     size: tuple[int, int]
     layout: Layout
-    slots: Tensor
+    characters: Tensor
     coverage: Tensor
     input_ids: Tensor
     labels: Tensor
@@ -150,7 +134,7 @@ class PageBatch:
     inputs: dict[str, Tensor]
     labels: Tensor
     layouts: list[Layout]
-    slots: list[Tensor]
+    characters: list[Tensor]
     coverage: list[Tensor]
 
 
@@ -165,6 +149,7 @@ class Pages(Dataset):
         seed: added to the index.
         length: number of pages.
         render: whether pictures are drawn; a text-only stage needs none.
+        crowded: as for `make_sample`.
     """
 
     def __init__(
@@ -178,16 +163,22 @@ class Pages(Dataset):
         seed: int,
         length: int,
         render: bool = True,
+        crowded: bool = False,
     ):
         self.processor, self.tokenizer, self.geometry, self.fonts = processor, tokenizer, geometry, fonts
-        self.split, self.seed, self.length, self.render = split, seed, length, render
+        self.split, self.seed, self.length, self.render, self.crowded = split, seed, length, render, crowded
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Page:
         sample = make_sample(
-            self.seed + index, split=self.split, fonts=self.fonts, geometry=self.geometry, render=self.render
+            self.seed + index,
+            split=self.split,
+            fonts=self.fonts,
+            geometry=self.geometry,
+            render=self.render,
+            crowded=self.crowded,
         )
         return self.page(sample)
 
@@ -199,7 +190,8 @@ class Pages(Dataset):
         if self.render:
             features = self.processor(sample.image, return_tensors="pt")
             pixels, raster = features["pixel_values"][0], features["high_res_pixel_values"][0]
-        return Page(sample.size, layout, character_map(sample), coverage_map(sample), input_ids, labels, pixels, raster)
+        characters = character_map(sample, self.geometry.patch)
+        return Page(sample.size, layout, characters, coverage_map(sample), input_ids, labels, pixels, raster)
 
 
 class Curriculum(Dataset):
@@ -226,7 +218,9 @@ def collate(pages: list[Page], pad_id: int) -> PageBatch:
     if pixels:
         inputs |= {"pixel_values": _pad(pixels, 0), "high_res_pixel_values": _pad(rasters, 0)}
     labels = _pad([p.labels for p in pages], IGNORE)
-    return PageBatch(inputs, labels, [p.layout for p in pages], [p.slots for p in pages], [p.coverage for p in pages])
+    return PageBatch(
+        inputs, labels, [p.layout for p in pages], [p.characters for p in pages], [p.coverage for p in pages]
+    )
 
 
 def _pad(tensors: list[Tensor], value: float) -> Tensor:

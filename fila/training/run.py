@@ -86,7 +86,7 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
         learned = torch.load(args.out / f"{before}.pt", weights_only=True)["average"]
         trainee.load_state_dict(learned, strict=False)
     learning = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(learning, stage.lr)
+    optimizers = make_optimizers(learning, stage.lr)
     average = {n: p.detach().clone() for n, p in learning.items()}
     step = 0
     checkpoint = args.out / f"{name}.pt"
@@ -94,7 +94,8 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
         saved = torch.load(checkpoint, weights_only=True)
         trainee.load_state_dict(saved["learning"], strict=False)
         average.update(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         step = saved["step"]
         print(f"{name}: going on from step {step}", flush=True)
 
@@ -112,6 +113,7 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
             seed=args.seed + SEEDS[name],
             length=length,
             render=name != "text",
+            crowded=stage.crowded,
         )
 
     full = drawn(geometry)
@@ -123,26 +125,27 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
     trainee.train()
     saved_at = time.monotonic()
     for batch in loader(pages, stage.batch // world, step * stage.batch + rank, args.workers, stride=world):
-        set_rate(optimizer, step, stage)
+        rate = set_rate(optimizers, step, stage)
         with torch.autocast("cpu", torch.bfloat16):
             losses = trainee(name, batch)
         dense = stage.dense[0] + (stage.dense[1] - stage.dense[0]) * step / stage.steps
         total = sum(loss * (1.0 if part == "answer" else dense) for part, loss in losses.items())
-        optimizer.zero_grad(set_to_none=True)
+        trainee.zero_grad(set_to_none=True)
         total.backward()
         if world > 1:
             average_gradients(learning.values(), world)
         norm = nn.utils.clip_grad_norm_(learning.values(), CLIP)
         if torch.isfinite(norm):
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
         step += 1
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in learning.values()], 1 - decay)
         if log is None:
             continue
-        log.add(step, stage.steps, losses, norm, optimizer, trainee)
+        log.add(step, stage.steps, losses, norm, rate, trainee)
         if step == stage.steps or time.monotonic() - saved_at > args.save_minutes * 60:
-            save(checkpoint, learning, average, optimizer, step)
+            save(checkpoint, learning, average, optimizers, step)
             saved_at = time.monotonic()
     if log is not None:
         log.close()
@@ -168,34 +171,47 @@ def build(name: str, cropping: bool = True) -> tuple[Trainee, Geometry]:
     return Trainee(FilaForConditionalGeneration(config)), config.vision_config.geometry()
 
 
-def make_optimizer(learning: Mapping[str, Tensor], lr: float) -> torch.optim.AdamW:
-    """AdamW in three groups: matrices; vectors and tables without decay; the gates, faster and without decay."""
-    gates = [p for n, p in learning.items() if n.endswith(".alpha")]
-    plain = [p for n, p in learning.items() if not n.endswith(".alpha") and (p.ndim < 2 or "embed" in n)]
-    chosen = {id(p) for p in (*gates, *plain)}
-    matrices = [p for p in learning.values() if id(p) not in chosen]
+def make_optimizers(learning: Mapping[str, Tensor], lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the towers, AdamW for the rest, with gates faster and nothing but kernels decayed."""
+    matrices, kernels, plain, gates = [], [], [], []
+    for name, parameter in learning.items():
+        if name.endswith(".alpha"):
+            gates.append(parameter)
+        elif parameter.ndim < 2 or "embed" in name:
+            plain.append(parameter)
+        elif parameter.ndim == 2 and not name.startswith("heads"):
+            matrices.append(parameter)
+        else:
+            kernels.append(parameter)
     groups = [
-        {"params": matrices, "weight_decay": WEIGHT_DECAY, "factor": 1.0},
+        {"params": kernels, "weight_decay": WEIGHT_DECAY, "factor": 1.0},
         {"params": plain, "weight_decay": 0.0, "factor": 1.0},
         {"params": gates, "weight_decay": 0.0, "factor": ALPHA_RATE},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), fused=True)
+    adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), fused=True)
+    # Its steps have AdamW's size, so that one rate serves both.
+    muon = torch.optim.Muon(
+        [{"params": matrices, "factor": 1.0}], lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+    )
+    return [adam, muon]
 
 
-def set_rate(optimizer: torch.optim.Optimizer, step: int, stage: Stage) -> None:
+def set_rate(optimizers: list[torch.optim.Optimizer], step: int, stage: Stage) -> float:
     """Linear warm-up, then a cosine down to a fiftieth."""
     progress = step / max(1, stage.steps)
     rate = stage.lr * min(1.0, (step + 1) / stage.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+    return rate
 
 
-def save(path: Path, learning: dict, average: dict, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save(path: Path, learning: dict, average: dict, optimizers: list[torch.optim.Optimizer], step: int) -> None:
     """Writes the checkpoint beside the old one and swaps, so that an interrupted write loses nothing."""
     state = {
         "learning": {n: p.detach() for n, p in learning.items()},
         "average": average,
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "step": step,
     }
     torch.save(state, path.with_suffix(".tmp"))
@@ -214,7 +230,9 @@ class Log:
         self.count, self.since = 0, time.monotonic()
         print(settings, flush=True)
 
-    def add(self, step: int, steps: int, losses: dict[str, Tensor], norm: Tensor, optimizer, trainee: Trainee) -> None:
+    def add(
+        self, step: int, steps: int, losses: dict[str, Tensor], norm: Tensor, rate: float, trainee: Trainee
+    ) -> None:
         for part, loss in losses.items():
             self.sums[part] = self.sums.get(part, 0.0) + float(loss.detach())
         self.count += 1
@@ -223,7 +241,7 @@ class Log:
         seconds = (time.monotonic() - self.since) / self.count
         row: dict[str, float | str] = {"step": step}
         row |= {part: round(total / self.count, 4) for part, total in self.sums.items()}
-        row |= {"norm": round(float(norm), 3), "lr": f"{optimizer.param_groups[0]['lr']:.2e}", "s": round(seconds, 3)}
+        row |= {"norm": round(float(norm), 3), "lr": f"{rate:.2e}", "s": round(seconds, 3)}
         for i, fusion in enumerate(trainee.model.vision_tower.fusion):
             row[f"alpha{i}"] = round(fusion.alpha.item(), 4)
         if self.file.tell() == 0:

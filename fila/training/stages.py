@@ -25,17 +25,16 @@ from fila.modeling import FilaForConditionalGeneration
 from fila.tokenization import VOCABULARY
 from fila.training.data import (
     COVER,
+    HELD,
     IGNORE,
     NUM_CLASSES,
+    SLOTS,
     PageBatch,
-    cells,
-    slots_per_patch,
-    slots_per_token,
     view_labels,
 )
 from fila.vision import group_views
 
-EMPTY_WEIGHT = 0.2  # of an empty slot in the dense loss: nine in ten slots are empty
+EMPTY_WEIGHT = 0.1  # of a patch without characters in the dense loss: most have none
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Stage:
         trains: parts that learn, by the first words of their parameters' names.
         cropping: False for the rule "direct".
         dense: weight of the character-map loss at the start and at the end.
+        crowded: pages full of lines, of which a dense stage learns more at the same cost.
         easy: share of the steps that see pages of one view only, before pages of all canvases join them.
     """
 
@@ -58,11 +58,14 @@ class Stage:
     cropping: bool = True
     dense: tuple[float, float] = (0.0, 0.0)
     warmup: int = 100
+    crowded: bool = False
     easy: float = 0.0
 
 
 STAGES = {
-    "vision": Stage(800, 8, 1.5e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1)),
+    "vision": Stage(
+        800, 8, 1.5e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1), crowded=True
+    ),
     "text": Stage(1500, 8, 1.5e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text"), easy=0.3),
     "align": Stage(
         400,
@@ -87,12 +90,12 @@ class CharacterHeads(nn.Module):
         super().__init__()
         vision = config.vision_config
         patch, strides = vision.patch_size, vision.convnext_strides
-        self.tokens = nn.Linear(vision.hidden_size, slots_per_token(patch) * NUM_CLASSES)
+        self.tokens = nn.Linear(vision.hidden_size, SLOTS * NUM_CLASSES)
         self.maps = nn.ModuleDict()
         for stage, (stride, width) in enumerate(zip(strides, vision.convnext_config.hidden_sizes, strict=True)):
             cell = stride * patch // strides[-1]  # canvas pixels a cell covers
-            if cell >= COVER:
-                self.maps[str(stage)] = nn.Linear(width, max(1, slots_per_patch(cell)) * NUM_CLASSES)
+            if cell in (COVER, patch):
+                self.maps[str(stage)] = nn.Linear(width, (1 if cell == COVER else HELD) * NUM_CLASSES)
 
 
 class GridText(nn.Module):
@@ -100,16 +103,16 @@ class GridText(nn.Module):
 
     def __init__(self, config: FilaConfig):
         super().__init__()
-        slots, width = slots_per_token(config.vision_config.patch_size), config.text_config.hidden_size
+        width = config.text_config.hidden_size
         std = config.text_config.initializer_range
         # The first slot starts as the identity: a character on the page then looks like the same character in a text,
         # which makes copying easy to find. The others start near it.
-        self.turn = nn.Parameter(torch.eye(width) + 0.5 * torch.randn(slots, width, width) * width**-0.5)
+        self.turn = nn.Parameter(torch.eye(width) + 0.5 * torch.randn(SLOTS, width, width) * width**-0.5)
         self.turn.data[0] = torch.eye(width)
         self.shapes = nn.Parameter(torch.randn(len(SHAPES), width) * std)
         self.base = nn.Parameter(torch.randn(width) * std)
         self.ids: Tensor
-        self.register_buffer("ids", torch.tensor([VOCABULARY[char] for char in CHARSET]), persistent=False)
+        self.register_buffer("ids", torch.tensor([VOCABULARY[char] for char in [*CHARSET, " "]]), persistent=False)
 
     def forward(self, labels: Tensor, embedding: Tensor) -> Tensor:
         """`embedding` [vocabulary, text width] is the language model's own."""
@@ -158,7 +161,7 @@ class Trainee(nn.Module):
         outputs = model(
             input_ids=batch.inputs["input_ids"], labels=batch.labels, mm_encoder_outputs={"image": features}
         )
-        labels = torch.cat([view_labels(s, layout) for s, layout in zip(batch.slots, batch.layouts, strict=True)])
+        labels = torch.cat([view_labels(c, layout) for c, layout in zip(batch.characters, batch.layouts, strict=True)])
         logits = self.heads.tokens(features.last_hidden_state[:, 1:])
         losses = {
             "answer": outputs.loss,
@@ -170,7 +173,7 @@ class Trainee(nn.Module):
     def _text(self, batch: PageBatch) -> Tensor:
         """Answer loss on pages given as grid text."""
         model = self.export.model
-        labels = [view_labels(s, layout) for s, layout in zip(batch.slots, batch.layouts, strict=True)]
+        labels = [view_labels(c, layout) for c, layout in zip(batch.characters, batch.layouts, strict=True)]
         views = self.grid_text(torch.cat(labels), model.get_input_embeddings().weight).split([len(v) for v in labels])
         features, _ = model.pack_image_features(
             list(views), batch.inputs["image_sizes"].tolist(), "default", model.image_newline
@@ -184,7 +187,7 @@ class Trainee(nn.Module):
     def _vision(self, batch: PageBatch) -> dict[str, Tensor]:
         """Character-map losses of the two towers, each alone."""
         tower = self.export.model.vision_tower
-        labels = [view_labels(s, layout)[1:] for s, layout in zip(batch.slots, batch.layouts, strict=True)]
+        labels = [view_labels(c, layout)[1:] for c, layout in zip(batch.characters, batch.layouts, strict=True)]
         tiles = torch.cat(
             [p[1 : layout.num_views] for p, layout in zip(batch.inputs["pixel_values"], batch.layouts, strict=True)]
         )
@@ -217,7 +220,7 @@ class Trainee(nn.Module):
         for stage, head in self.heads.maps.items():
             cell = config.convnext_strides[int(stage)] * config.patch_size // config.convnext_strides[-1]
             wanted = [
-                batch.coverage[i].unsqueeze(-1) if cell == COVER else cells(batch.slots[i], cell)
+                batch.coverage[i].unsqueeze(-1) if cell == COVER else batch.characters[i][..., :HELD]
                 for group in groups
                 for i in group.images
             ]
@@ -228,7 +231,8 @@ class Trainee(nn.Module):
 
 def dense_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of the character map: logits [..., S * K], labels [..., S]; `IGNORE` where nothing is asked."""
-    weight = torch.ones(NUM_CLASSES, device=logits.device)
-    weight[0] = EMPTY_WEIGHT
+    labels = labels.reshape(-1, labels.shape[-1])
+    weight = torch.where(labels.amax(-1, keepdim=True) > 0, 1.0, EMPTY_WEIGHT) * (labels != IGNORE)
     logits = logits.float().reshape(-1, NUM_CLASSES)
-    return F.cross_entropy(logits, labels.reshape(-1), weight=weight, ignore_index=IGNORE)
+    loss = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return (loss * weight.flatten()).sum() / weight.sum()
