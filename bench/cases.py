@@ -1,36 +1,54 @@
-"""The real shapes: four stages at two raster sizes, one image of four tiles and a global view.
+"""The real shapes: four stages at two raster sizes, and what is varied around them.
 
-D = H = 1024, G = 24, P = 1. At 768 pixels (the fixed rule) a tile is half the map, at 1536 (32/14 of the canvas) it has
-192, 96, 48 and 24 cells. The global view's box is the content rectangle of a 4:3 picture on the square canvas.
+G = 24, P = 1, D = H = 1024 unless a case says otherwise; an image is four tiles of a 2 x 2 canvas and a global view. At
+768 pixels (the fixed rule) a tile is half the map; at 1536 (32/14 of the canvas) it has 192, 96, 48 and 24 cells. The
+global view's box is the content rectangle of a 4:3 picture on the square canvas.
+
+Tiles come first and global views last, image by image: boxes of one size are then neighbours, which is the order that
+eager PyTorch likes best, and makes no difference to this package.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-TOKEN_WIDTH = HIDDEN_WIDTH = 1024
-GRID = 24
-TILES = 5
 STAGE_WIDTHS = (192, 384, 768, 1536)
 STAGE_STRIDES = (4, 8, 16, 32)
+STAGES = (1, 2, 3, 4)
 RASTERS = (768, 1536)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Content of a 1000 x 763 picture on a square canvas, as a part of the canvas's height.
 CONTENT = (0.1187, 0.8813)
+DIFFERENTIABLE = ("tokens", "features", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "alpha")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One stage at one raster size and dtype."""
+    """One stage at one raster size and dtype; the name has the fields after `dtype` that are not the default."""
 
     raster: int
     stage: int
     dtype: str
+    images: int = 1
+    hidden_width: int = 1024
+    token_width: int = 1024
+    grid: int = 24
+    prefix: int = 1
+    views: int = 5  # of an image: four tiles and the global view, or 1, the global view alone
+    frozen: bool = False  # features need no gradient: pre-training, where the ConvNeXt does not learn
 
     @property
     def name(self) -> str:
-        return f"{self.raster}-stage{self.stage}-{self.dtype}"
+        letters = {"images": "b", "hidden_width": "h", "token_width": "d", "grid": "g", "prefix": "p", "views": "v"}
+        varied = [
+            f"-{letters[field.name]}{getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if field.name in letters and getattr(self, field.name) != field.default
+        ]
+        frozen = "-frozen" if self.frozen else ""
+        return f"{self.raster}-stage{self.stage}-{self.dtype}{''.join(varied)}{frozen}"
 
     @property
     def side(self) -> int:
@@ -40,46 +58,106 @@ class Case:
     def channels(self) -> int:
         return STAGE_WIDTHS[self.stage - 1]
 
+    @property
+    def tiles(self) -> int:
+        return self.images * self.views
+
+    @property
+    def samples(self) -> int:
+        return self.tiles * self.grid**2
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Inputs that get a gradient."""
+        return tuple(name for name in DIFFERENTIABLE if not (self.frozen and name == "features"))
+
     def boxes(self) -> Tensor:
-        """[5, 4]: the tiles of a 2 x 2 canvas, then the global view."""
+        """[T, 4]: the tiles of a 2 x 2 canvas for every image, then every image's global view."""
         half = self.side // 2
         corners = [(row * half, column * half) for row in (0, 1) for column in (0, 1)]
-        tiles = [[y, x, y + half, x + half] for y, x in corners]
-        return torch.tensor([*tiles, [CONTENT[0] * self.side, 0, CONTENT[1] * self.side, self.side]])
+        tiles = [[y, x, y + half, x + half] for y, x in corners] * (self.images if self.views > 1 else 0)
+        view = [CONTENT[0] * self.side, 0, CONTENT[1] * self.side, self.side]
+        return torch.tensor([*tiles, *([view] * self.images)], dtype=torch.float32)
 
-    def inputs(self, seed: int = 0) -> dict[str, Tensor]:
+    def image_index(self) -> Tensor:
+        """[T] int64, in the order of `boxes`."""
+        images = torch.arange(self.images)
+        return torch.cat([images.repeat_interleave(self.views - 1), images])
+
+    def inputs(self, seed: int = 0, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Arguments of `cvfm` by name, features being a permuted channels_last map."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         dtype = DTYPES[self.dtype]
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+            return torch.randn(*shape, generator=generator, device=device).mul_(scale).to(dtype)
 
-        joint = TOKEN_WIDTH + self.channels
+        joint = self.token_width + self.channels
         return {
-            "tokens": normal(TILES, 1 + GRID * GRID, TOKEN_WIDTH),
-            "features": normal(1, self.side, self.side, self.channels),
-            "boxes": self.boxes(),
-            "image_index": torch.zeros(TILES, dtype=torch.int64),
-            "fc1_weight": normal(HIDDEN_WIDTH, joint, scale=joint**-0.5),
-            "fc1_bias": normal(HIDDEN_WIDTH, scale=0.1),
-            "fc2_weight": normal(TOKEN_WIDTH, HIDDEN_WIDTH, scale=HIDDEN_WIDTH**-0.5),
-            "fc2_bias": normal(TOKEN_WIDTH, scale=0.1),
-            "alpha": torch.tensor([0.5], dtype=dtype),
+            "tokens": normal(self.tiles, self.prefix + self.grid**2, self.token_width),
+            "features": normal(self.images, self.side, self.side, self.channels),
+            "boxes": self.boxes().to(device),
+            "image_index": self.image_index().to(device),
+            "fc1_weight": normal(self.hidden_width, joint, scale=joint**-0.5),
+            "fc1_bias": normal(self.hidden_width, scale=0.1),
+            "fc2_weight": normal(self.token_width, self.hidden_width, scale=self.hidden_width**-0.5),
+            "fc2_bias": normal(self.token_width, scale=0.1),
+            "alpha": torch.tensor([0.5], dtype=dtype, device=device),
         }
+
+    def input_bytes(self) -> int:
+        """What one set of inputs occupies."""
+        features = self.images * self.side**2 * self.channels
+        tokens = self.tiles * (self.prefix + self.grid**2) * self.token_width
+        return DTYPES[self.dtype].itemsize * (features + tokens + self.parameters)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the two weights."""
+        return self.hidden_width * (2 * self.token_width + self.channels)
+
+    @property
+    def cells_read(self) -> int:
+        """Cells of the maps that the samples read at most: four a sample, and no more than there are."""
+        return min(self.images * self.side**2, 4 * self.samples)
 
     def flops(self) -> int:
         """Floating point operations of the definition's forward GEMMs."""
-        rows = TILES * GRID * GRID
-        return 2 * rows * HIDDEN_WIDTH * (TOKEN_WIDTH + self.channels) + 2 * rows * HIDDEN_WIDTH * TOKEN_WIDTH
+        return 2 * self.samples * self.parameters
 
     def bytes(self) -> int:
         """Least traffic of the forward pass: tokens in and out, the cells that are read, the parameters."""
-        size = DTYPES[self.dtype].itemsize
-        rows = TILES * (1 + GRID * GRID)
-        cells = min(self.side**2, 4 * TILES * GRID * GRID)
-        parameters = HIDDEN_WIDTH * (2 * TOKEN_WIDTH + self.channels)
-        return size * (2 * rows * TOKEN_WIDTH + cells * self.channels + parameters)
+        rows = self.tiles * (self.prefix + self.grid**2)
+        elements = 2 * rows * self.token_width + self.cells_read * self.channels + self.parameters
+        return DTYPES[self.dtype].itemsize * elements
 
 
-CASES = [Case(raster, stage, dtype) for raster in RASTERS for stage in (1, 2, 3, 4) for dtype in DTYPES]
+def _stages(**settings) -> tuple[Case, ...]:
+    return tuple(Case(raster, stage, **({"dtype": "bfloat16"} | settings)) for raster in RASTERS for stage in STAGES)
+
+
+def _ends(**settings) -> tuple[Case, ...]:
+    """The first and the last stage at 1536: the largest map and the widest."""
+    return tuple(Case(1536, stage, **({"dtype": "bfloat16", "images": 8} | settings)) for stage in (1, 4))
+
+
+CASES = [Case(raster, stage, dtype) for raster in RASTERS for stage in STAGES for dtype in ("float32", "bfloat16")]
+SUITES: dict[str, tuple[Case, ...]] = {
+    # What a CPU measures, in bench/results/cvfm_cpu.csv.
+    "cpu": tuple(CASES),
+    # A second's work: whether the bench runs at all.
+    "tiny": tuple(Case(64, stage, "float32", hidden_width=16, token_width=8, grid=2) for stage in (1, 4)),
+    # bfloat16, hidden 1024: the goals of docs/benchmarks.md are read off these three.
+    "images-1": _stages(images=1),
+    "images-8": _stages(images=8),
+    "images-32": _stages(images=32),
+    "hidden-4096-images-1": _stages(images=1, hidden_width=4096),
+    "hidden-4096-images-8": _stages(images=8, hidden_width=4096),
+    "hidden-4096-images-32": _stages(images=32, hidden_width=4096),
+    "float16": _ends(dtype="float16"),
+    "widths": _ends(token_width=768, hidden_width=768) + _ends(token_width=1280, hidden_width=1280),
+    "grids": _ends(grid=16) + _ends(grid=27),
+    "no-prefix": _ends(prefix=0),
+    "one-tile": _ends(images=1, views=1),
+    "frozen": _ends(frozen=True),
+}

@@ -1,45 +1,65 @@
-"""The CSV that every benchmark writes and every table and plot is made from."""
+"""The CSV that every benchmark writes, row by row as it goes, and that every table and plot is made from."""
 
 import csv
+import hashlib
+import importlib.metadata
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
-FIELDS = (
-    "device", "threads", "clock", "commit", "torch", "python", "case", "direction", "variant", "rounds",
-    "p20_ms", "p50_ms", "p80_ms", "flops", "bytes", "extra_memory_bytes",
-)  # fmt: skip
+from bench.timing import quantile
+
+ROOT = Path(__file__).resolve().parent.parent
+# Name and meaning of each column; docs/benchmarks.md lists them from here.
+COLUMNS = {
+    "device": "the processor's or GPU's name",
+    "threads": "torch's threads on a CPU",
+    "clock": "what timed: `wall` or `thread` (one thread's processor time) on a CPU, `events` on a GPU",
+    "commit": "of this repository; `source-` and a digest of the sources where there is no git",
+    "torch": "version",
+    "python": "version",
+    "case": "raster, stage, dtype, then what differs from the usual: `b` images, `h` hidden width, `d` token width, "
+    "`g` grid side, `p` prefix tokens, `v` views an image, `frozen` features",
+    "direction": "`forward`, or `forward+backward` (all gradients, but the features' where they are frozen); "
+    "`backward` for `crop_resize` alone",
+    "variant": "what ran; the names are explained below",
+    "rounds": "how many interleaved rounds",
+    "p20_ms": "time of a call, 20th percentile of the rounds; empty where nothing was timed",
+    "p50_ms": "the median",
+    "p80_ms": "80th percentile",
+    "flops": "of the definition's GEMMs, three times the forward pass's for both directions",
+    "bytes": "least traffic of the forward pass, times three for both directions",
+    "extra_memory_bytes": "peak of one call above what was there before",
+    "operation": "`cvfm`, `crop_resize`, `tower` or `tower-step`",
+    "triton": "version",
+    "cuda": "version that torch was built with",
+    "kept_bytes": "what autograd keeps from the forward for the backward pass, beside inputs and result",
+    "host_ms": "on a GPU, time until a call returns to Python",
+    "first_call_ms": "the variant's first call in this process: compilation, where no cache on disk holds it",
+    "error": "largest error against float64 over eager's, of the result or the worst gradient",
+    "floor_flops": "of the exact way that the roof lets finish first",
+    "floor_bytes": "likewise",
+    "roof_flops": "operations a second of a square matrix product, measured in the same run",
+    "roof_bytes": "bytes a second of a large copy, read and written both counted, measured in the same run",
+    "note": "why nothing was timed",
+}  # fmt: skip
+KEY = ("commit", "device", "torch", "operation", "case", "direction", "variant")
 
 
-def output_path() -> Path:
-    """Where this run's rows go; `bench.run` sets it."""
-    return Path(os.environ.get("FILA_BENCH_CSV", RESULTS / "cvfm_cpu.csv"))
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
-def rounds() -> int:
-    return int(os.environ.get("FILA_BENCH_ROUNDS", "11"))
-
-
-def clock_name() -> str:
-    """ "wall", or "thread" for the calling thread's processor time, which other programs hardly disturb."""
-    return os.environ.get("FILA_BENCH_CLOCK", "wall")
-
-
-def clock() -> Callable[[], float]:
-    """The clock to time with. Processor time only means something with one thread, so that it sets that."""
-    if clock_name() == "thread":
-        torch.set_num_threads(1)
-        return time.thread_time
-    return time.perf_counter
-
-
-def device_name() -> str:
+def device_name(device: torch.device | str = "cpu") -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             capability = torch.backends.cpu.get_cpu_capability()
@@ -47,44 +67,80 @@ def device_name() -> str:
     return platform.processor()
 
 
+def source_digest() -> str:
+    """Eight digits of what the sources are, for a copy of the repository that has no git."""
+    digest = hashlib.sha256()
+    for folder in ("fila_kernels", "fila", "csrc", "bench"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".cu", ".h", ".json"):
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return f"source-{digest.hexdigest()[:8]}"
+
+
 def commit() -> str:
-    found = subprocess.run(
-        ["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
+    named = os.environ.get("FILA_BENCH_COMMIT")
+    if named:
+        return named
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    except FileNotFoundError:
+        found = ""
+    return found or source_digest()
 
 
-def quantile(times: Iterable[float], part: float) -> float:
-    ordered = sorted(times)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+def environment(device: torch.device) -> dict[str, str]:
+    """The columns that say where a row was measured."""
+    return {
+        "device": device_name(device), "threads": str(torch.get_num_threads()), "commit": commit(),
+        "torch": torch.__version__, "python": platform.python_version(), "triton": version("triton"),
+        "cuda": torch.version.cuda or "",
+    }  # fmt: skip
 
 
-def median(times: Iterable[float]) -> float:
-    return quantile(times, 0.5)
+def times_of(times: Sequence[float]) -> dict[str, str]:
+    """The columns of a list of seconds; empty where nothing was timed."""
+    parts = {"p20_ms": 0.2, "p50_ms": 0.5, "p80_ms": 0.8}
+    found = {name: f"{quantile(times, part) * 1e3:.5g}" if times else "" for name, part in parts.items()}
+    return found | {"rounds": str(len(times))}
 
 
-def append(
-    *, case: str, direction: str, variant: str, times: list[float], flops: int, bytes: int, extra_memory: int
-) -> None:
-    """Add one variant of one case to the CSV."""
-    path = output_path()
+def append(path: Path, row: dict[str, object]) -> None:
+    """Add one row; columns it does not name stay empty.
+
+    Raises:
+        ValueError: for a column that the schema does not have, or a file of another schema.
+    """
+    unknown = row.keys() - COLUMNS.keys()
+    if unknown:
+        raise ValueError(f"row: expected columns of bench.records.COLUMNS, got {', '.join(sorted(unknown))}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
+    fresh = not path.exists() or path.stat().st_size == 0
+    if not fresh:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+        if header != list(COLUMNS):
+            raise ValueError(f"{path}: expected the columns of bench.records.COLUMNS, got {','.join(header)}")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
-        writer.writerow(
-            {
-                "device": device_name(), "threads": torch.get_num_threads(), "clock": clock_name(), "commit": commit(),
-                "torch": torch.__version__, "python": platform.python_version(), "case": case, "direction": direction,
-                "variant": variant, "rounds": len(times), "p20_ms": f"{quantile(times, 0.2) * 1e3:.3f}",
-                "p50_ms": f"{median(times) * 1e3:.3f}", "p80_ms": f"{quantile(times, 0.8) * 1e3:.3f}",
-                "flops": flops, "bytes": bytes, "extra_memory_bytes": extra_memory,
-            }
-        )  # fmt: skip
+        writer.writerow(row)
 
 
 def read(path: Path) -> list[dict[str, str]]:
+    """All rows; columns that a file of an older schema lacks are empty, its operation is `cvfm`."""
+    if not path.exists():
+        return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [dict.fromkeys(COLUMNS, "") | {"operation": "cvfm"} | row for row in csv.DictReader(file)]
+
+
+def key(row: dict[str, str]) -> tuple[str, ...]:
+    """What identifies a measurement."""
+    return tuple(row[name] for name in KEY)
+
+
+def done(rows: Iterable[dict[str, str]]) -> set[tuple[str, ...]]:
+    return {key(row) for row in rows}

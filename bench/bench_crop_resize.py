@@ -1,0 +1,149 @@
+"""`crop_resize` alone, forward and backward, against slices, F.grid_sample and roi_align, and against atomics.
+
+`backward` is the gather from dS to dF by itself; `scattered`, kept here only, adds with atomics on a GPU. The error is
+held to that of the definition in the same dtype.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import measure, records, roofline
+from bench.baselines import rounded, sliced_resize, tapped_resize
+from bench.cases import SUITES, Case
+from bench.crop_resize_baselines import grid_sample, roi_align, scattered_backward, torchvision_reason
+from bench.settings import Settings
+from bench.timing import Runner, interleaved, num_sets
+from bench.variants import BACKENDS, absent
+from fila_kernels import crop_resize, reference
+
+SETTINGS = Settings.read()
+CASES = list(dict.fromkeys(case for suite in SETTINGS.suites() for case in SUITES.get(suite, ())))
+Function = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def backends(device: torch.device) -> list[str]:
+    """Those of this package that can be timed here."""
+    return [name for name in BACKENDS if absent(name, device) is None]
+
+
+def contestants(inputs: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Function], dict[str, str]]:
+    """Functions of features, boxes, image_index and size; and who is missing, with the reason."""
+    boxes = rounded(inputs["boxes"]).int().tolist()
+    images = inputs["image_index"].tolist()
+    found: dict[str, Function] = {
+        "sliced": lambda features, _boxes, _index, size: sliced_resize(features, boxes, images, size),
+        "tapped": lambda features, _boxes, _index, size: tapped_resize(features, boxes, images, size),
+        "grid_sample": grid_sample,
+    }
+    missing = {}
+    reason = torchvision_reason()
+    if reason is None:
+        found["roi_align"] = roi_align
+    else:
+        missing["roi_align"] = reason
+    for name in backends(device):
+        found[name] = lambda *arguments, name=name: crop_resize(*arguments, backend=name)
+    return found, missing
+
+
+def backward_of(function: Function, arguments: tuple, grad: Tensor) -> Callable[[], Tensor]:
+    """The backward pass alone, over a graph that is kept."""
+    features, *rest = arguments
+    leaf = features.detach().requires_grad_()
+    out = function(leaf, *rest)
+    return lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]
+
+
+def judge(found: Tensor, eager: Tensor, exact: Tensor) -> tuple[bool, float]:
+    """The tests' bound, and the error over eager's."""
+    error = float((found.double() - exact).abs().max().nan_to_num(nan=float("inf")))
+    rounding = torch.finfo(found.dtype).eps * float(exact.abs().max())
+    reached = float((eager.double() - exact).abs().max())
+    return error <= 2 * (reached + rounding), error / max(reached, rounding / 2, 1e-300)
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(timer=measure.own_time)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_crop_resize(benchmark, case: Case, direction: str) -> None:
+    device = SETTINGS.torch_device()
+    if SETTINGS.time_is_up():
+        pytest.skip("time is up")
+    here = records.environment(device) | {"operation": "crop_resize", "case": case.name, "direction": direction}
+    done = records.done(records.read(SETTINGS.output())) if SETTINGS.resume else set()
+    sets = [case.inputs(seed, device) for seed in range(num_sets(case.input_bytes(), device))]
+    functions, notes = contestants(sets[0], device)
+    if direction == "backward":
+        functions["scattered"] = crop_resize
+    functions = {n: f for n, f in functions.items() if records.key(here | {"variant": n}) not in done}
+    if not set(functions) & set(backends(device)):
+        pytest.skip("measured before")
+
+    arguments = [(i["features"], rounded(i["boxes"]), i["image_index"], case.grid) for i in sets]
+    grads = [torch.randn(case.tiles, case.grid, case.grid, case.channels, device=device).to(a[0]) for a in arguments]
+
+    def call(name: str, index: int) -> Callable[[], Tensor]:
+        features, boxes, image_index, size = arguments[index]
+        if direction == "forward":
+            return lambda: functions[name](features, boxes, image_index, size)
+        if name == "scattered":
+            maps = tuple(features.shape[:3])
+            return lambda: scattered_backward(grads[index], boxes, image_index, maps)
+        return backward_of(functions[name], arguments[index], grads[index])
+
+    def defined(dtype: torch.dtype) -> Tensor:
+        features, *rest = arguments[0]
+        if direction == "forward":
+            return reference.crop_resize(features.to(dtype), *rest)
+        return backward_of(reference.crop_resize, (features.to(dtype), *rest), grads[0].to(dtype))()
+
+    exact, eager = defined(torch.float64), defined(arguments[0][0].dtype)
+    runners: dict[str, Runner] = {}
+    errors: dict[str, float] = {}
+    first: dict[str, float] = {}
+    red = []
+    for name in functions:
+        try:
+            one = call(name, 0)
+            first[name] = Runner([one], device).first_seconds
+            green, errors[name] = judge(one(), eager, exact)
+        except (RuntimeError, NotImplementedError) as error:
+            if name in backends(device):
+                raise
+            notes[name] = str(error).splitlines()[0][:200]
+            continue
+        if green:
+            calls = [call(name, index) for index in range(len(sets))]
+            runners[name] = Runner(calls, device, SETTINGS.now())
+        else:
+            notes[name] = f"red: error {errors[name]:.3g} times eager's"
+            red += [name] if name in backends(device) else []
+    del exact, eager
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    rounds = interleaved(runners)
+
+    def once() -> None:
+        for name, taken in rounds().items():
+            seconds[name].append(taken)
+        measure.own_time.seconds += seconds[next(name for name in backends(device) if name in seconds)][-1]
+
+    if not red:
+        benchmark.pedantic(once, rounds=SETTINGS.rounds, warmup_rounds=1)
+    roof = measure.roof_of(case.dtype, device)
+    work = roofline.crop_resize_work(case, direction)
+    for name in [*functions, *(name for name in notes if name not in functions)]:
+        times = seconds.get(name, [])
+        row = here | records.times_of(times[1:] or times)
+        row |= {
+            "variant": name, "clock": "events" if device.type == "cuda" else SETTINGS.clock,
+            "flops": work.flops, "bytes": work.bytes, "floor_flops": work.flops, "floor_bytes": work.bytes,
+            "roof_flops": f"{roof.flops:.5g}", "roof_bytes": f"{roof.bytes:.5g}", "note": notes.get(name, ""),
+            "error": f"{errors[name]:.4g}" if name in errors else "",
+            "first_call_ms": f"{first[name] * 1e3:.5g}" if name in first else "",
+        }  # fmt: skip
+        records.append(SETTINGS.output(), row)
+    assert not red, f"{case.name}, {direction}: differs from the definition, so nothing is timed: {', '.join(red)}"
