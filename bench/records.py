@@ -1,6 +1,7 @@
 """The CSV that every benchmark writes, row by row as it goes, and that every table and plot is made from."""
 
 import csv
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -72,12 +73,14 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     for folder in ("fila_kernels", "fila", "csrc", "bench"):
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".cu", ".h", ".json"):
+            if path.suffix in (".py", ".cpp", ".cu", ".h"):
                 digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return f"source-{digest.hexdigest()[:8]}"
 
 
+@functools.cache
 def commit() -> str:
+    """Of this repository, asked once a process; `FILA_BENCH_COMMIT` says what it is where there is no git."""
     named = os.environ.get("FILA_BENCH_COMMIT")
     if named:
         return named
