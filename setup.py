@@ -97,17 +97,24 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         target = self._target()
-        shutil.rmtree(target, ignore_errors=True)  # never leave an older library behind a failure
-        target.mkdir(parents=True)
+        target.mkdir(parents=True, exist_ok=True)
+        library, note = target / LIBRARY, target / REASON
         try:
             if wanted() == "0":
                 raise CannotBuild("FILA_KERNELS_BUILD_NATIVE=0 when this was installed")
-            shutil.copy2(compile_library(Path(self.build_temp)), target / LIBRARY)
+            built = compile_library(Path(self.build_temp))
         except CannotBuild as reason:
+            library.unlink(missing_ok=True)  # never leave an older library behind a failure
             if wanted() == "1":
                 raise SystemExit(f"error: FILA_KERNELS_BUILD_NATIVE=1, but: {reason}") from reason
             print(f"warning: installing without the native library: {reason}", file=sys.stderr)
-            (target / REASON).write_text(f"{reason}\n")
+            note.write_text(f"{reason}\n")
+            return
+        # In one step: a process that loads or runs the old library meanwhile keeps a whole file.
+        fresh = target / f"{LIBRARY}.new"
+        shutil.copy2(built, fresh)
+        os.replace(fresh, library)
+        note.unlink(missing_ok=True)
 
     def _target(self) -> Path:
         in_place = self.inplace or self.editable_mode

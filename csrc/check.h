@@ -4,11 +4,27 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
 namespace fila {
+
+// A tensor in a message stands for its shape.
+inline std::ostream& write_part(std::ostream& text, const torch::stable::Tensor& tensor) {
+  text << '[';
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+    text << (axis == 0 ? "" : ", ") << tensor.size(axis);
+  }
+  return text << ']';
+}
+
+template <typename Part>
+std::ostream& write_part(std::ostream& text, const Part& part) {
+  return text << part;
+}
 
 // std::invalid_argument, which reaches Python as ValueError.
 template <typename... Parts>
@@ -18,18 +34,25 @@ void require(bool condition, const char* op, const Parts&... parts) {
   }
   std::ostringstream message;
   message << op << ": ";
-  (message << ... << parts);
+  (write_part(message, parts), ...);
   throw std::invalid_argument(message.str());
 }
 
-inline std::string shape_text(const torch::stable::Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
-    text << (axis == 0 ? "" : ", ") << tensor.size(axis);
-  }
-  text << ']';
-  return text.str();
+inline void require_cpu(const char* op, const char* name, const torch::stable::Tensor& tensor) {
+  require(tensor.is_cpu(), op, "expected ", name, " on the CPU, got another device");
 }
+
+// The product of sizes that are at least 0, refused where a tensor of that many elements could not be addressed.
+inline int64_t checked_product(const char* op, const char* what, std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes) {
+    require(!__builtin_mul_overflow(product, size, &product) && product < (int64_t(1) << 60), op, "expected ", what,
+            " of fewer than 2^60 elements");
+  }
+  return product;
+}
+
+// Sizes along one axis stay below this, so that sums and products of two of them cannot overflow.
+constexpr int64_t kMaxSide = int64_t(1) << 24;
 
 }  // namespace fila

@@ -78,4 +78,53 @@ FILA_HOST_DEVICE Tap<Real> box_tap(float box_low, float box_high, int64_t index,
   return {near, weight == Real(0) ? near : clamp_cell(next, cells), weight};
 }
 
+// How much of `cell` a sample takes. Not zero either where the weight is NaN.
+template <typename Real>
+FILA_HOST_DEVICE Real tap_weight(const Tap<Real>& tap, int64_t cell) {
+  Real weight = tap.first == cell ? Real(1) - tap.weight : Real(0);
+  if (tap.second == cell && !(tap.weight == Real(0))) {
+    weight += tap.weight;
+  }
+  return weight;
+}
+
+// Samples [begin, end) of a box.
+struct SampleRange {
+  int64_t begin;
+  int64_t end;
+};
+
+// The way back: samples outside this range do not read `cell`; those inside may, as `tap_weight` of their `box_tap`
+// says. A cell is read by samples with |y(i) - cell| < 1, and the border cells also by all beyond them. Positions grow
+// with i, so that this is one range; it is widened by one sample on either side, more than rounding can move it.
+template <typename Real>
+FILA_HOST_DEVICE SampleRange box_samples(float box_low, float box_high, int64_t cell, int64_t size, int64_t cells) {
+  const Real low = static_cast<Real>(box_low);
+  const Real extent = static_cast<Real>(box_high) - low;
+  if (!std::isfinite(extent)) {
+    return {0, cell == 0 ? size : 0};
+  }
+  const Real origin = std::floor(low);
+  const Real start = low - origin;
+  const Real offset = static_cast<Real>(cell) - origin;
+  const bool is_first = cell == 0;
+  const bool is_last = cell == cells - 1;
+  if (extent < Real(1)) {
+    // All samples lie on one spot within a cell of the origin.
+    const bool near = offset >= Real(-2) && offset <= Real(2);
+    return {0, near || is_first || is_last ? size : 0};
+  }
+
+  // Position start + (i + 1/2) step - 1/2 solved for i, within the clamp to [start, start + extent - 1].
+  const Real step = extent / static_cast<Real>(size);
+  const Real most = static_cast<Real>(size);
+  const Real below = (offset - Real(0.5) - start) / step - Real(0.5);
+  const Real above = (offset + Real(1.5) - start) / step - Real(0.5);
+  const bool from_start = is_first || offset - Real(1) <= start;
+  const bool to_end = is_last || offset + Real(1) >= start + (extent - Real(1));
+  const int64_t begin = from_start ? 0 : static_cast<int64_t>(clamp_real(std::floor(below) - Real(1), Real(0), most));
+  const int64_t end = to_end ? size : static_cast<int64_t>(clamp_real(std::ceil(above) + Real(2), Real(0), most));
+  return {begin, end < begin ? begin : end};
+}
+
 }  // namespace fila

@@ -6,6 +6,12 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fila, m) {
-  // features [B, h, w, C], boxes [T, 4] float32 y0 x0 y1 x1 in cells, image_index [T]  ->  [T, size, size, C]
-  m.def("crop_resize(Tensor features, Tensor boxes, Tensor image_index, int size) -> Tensor");
+  // features [B, h, w, C], boxes [T, 4] float32 y0 x0 y1 x1 in cells, image_index [T]  ->  [T, size, size, C].
+  // Without check_values any box and index is safe: indices are clamped, a box that is not finite gives NaN.
+  m.def(
+      "crop_resize(Tensor features, Tensor boxes, Tensor image_index, int size, *, bool check_values=True) -> Tensor");
+  // grad [T, size, size, C]  ->  [images, height, width, C]
+  m.def(
+      "crop_resize_backward(Tensor grad, Tensor boxes, Tensor image_index, int images, int height, int width, *, "
+      "bool check_values=True) -> Tensor");
 }

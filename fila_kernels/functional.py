@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fila_kernels import dispatch, ops, planner, reference
+from fila_kernels import dispatch, native, ops, planner, reference
 from fila_kernels.validation import check_crop_resize, check_cvfm
 
 _ops = getattr(torch.ops, ops.NAMESPACE)
@@ -233,6 +233,8 @@ def explain(
     tiles, length, width = tokens
     images, height, map_width, channels = features
     name, why = dispatch.resolve(backend, plan)
+    if name == "torch":
+        why += f"; crop and resize: {native.serves(dtype, torch.device(device))[1]}"
     report = {"backend": {"choice": name, "why": why}}
     if name == "reference":
         return report | {d: {"choice": "reference", "why": "the definition has no plans"} for d in planner.DIRECTIONS}

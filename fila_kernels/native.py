@@ -6,8 +6,15 @@ After a successful `load` its operators are at `torch.ops.fila`. Nothing in the 
 from functools import cache
 from pathlib import Path
 
+import torch
+
 FOLDER = Path(__file__).resolve().parent / "lib"
 LIBRARY = FOLDER / "libfila_kernels.so"
+
+
+# What this version calls; a library built from older sources lacks some of it.
+OPERATORS = ("crop_resize", "crop_resize_backward")
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 @cache
@@ -17,16 +24,31 @@ def load() -> tuple[bool, str]:
         note = FOLDER / "not_built.txt"
         reason = note.read_text().strip() if note.exists() else f"{LIBRARY} does not exist; install with a C++ compiler"
         return False, f"not built: {reason}"
-
-    import torch
-
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         return False, f"built, but torch {torch.__version__} cannot load it: {error}"
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.fila, name)]
+    if missing:
+        return False, f"{LIBRARY} was built from older sources and lacks {', '.join(missing)}; install again"
     torch.library.register_fake("fila::crop_resize", _crop_resize_fake)
+    torch.library.register_fake("fila::crop_resize_backward", _crop_resize_backward_fake)
     return True, f"loaded {LIBRARY}"
 
 
-def _crop_resize_fake(features, boxes, image_index, size):  # type: ignore[no-untyped-def]
+def serves(dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """Whether the compiled CPU operators take tensors of this kind, and why or why not."""
+    if device.type != "cpu":
+        return False, f"PyTorch gathers: the compiled operators run on the CPU, not on {device.type}"
+    if dtype not in DTYPES:
+        return False, f"PyTorch gathers: the compiled operators take float32, bfloat16 and float64, not {dtype}"
+    loaded, reason = load()
+    return loaded, "compiled CPU operators" if loaded else f"PyTorch gathers: the native library is {reason}"
+
+
+def _crop_resize_fake(features, boxes, image_index, size, *, check_values=True):  # type: ignore[no-untyped-def]
     return features.new_empty(boxes.shape[0], size, size, features.shape[3])
+
+
+def _crop_resize_backward_fake(grad, boxes, image_index, images, height, width, *, check_values=True):  # type: ignore[no-untyped-def]
+    return grad.new_empty(images, height, width, grad.shape[3])

@@ -1,7 +1,8 @@
 """The `torch` backend's forward pass: the operation as few, large PyTorch calls; runs on any device.
 
 Letters: T tiles, N patch tokens a tile, D token width, C feature channels, H hidden width. Sampling and its transpose
-are weighted bags of rows (`embedding_bag`), which read each tap once, accumulate in float32 and write each row once.
+are the native library's operators where it is loaded and serves the tensors; elsewhere they are weighted bags of rows
+(`embedding_bag`), which read each tap once, accumulate in float32 and write each row once.
 Rows go through in chunks of whole tiles, which keeps the hidden activation in cache and the extra memory small. [X ; S]
 exists for one chunk at a time: two GEMMs into one buffer take as long, and round the sum twice.
 """
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fila_kernels import native
 from fila_kernels.planner import Plan, Shape
 from fila_kernels.sampling import Bags, cell_bags, sample_bags, tile_slice, touched
 
@@ -96,8 +98,15 @@ def map_rows(features: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return features.reshape(-1, channels), (height * width, width, 1)
 
 
+def dense_channels(tensor: Tensor) -> Tensor:
+    """As the compiled operators want it: unit stride over channels."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int) -> Tensor:
-    """[B, h, w, C] to [T, size, size, C]."""
+    """[B, h, w, C] to [T, size, size, C]. Values were checked at the public edge, if at all: any is safe here."""
+    if native.serves(features.dtype, features.device)[0]:
+        return torch.ops.fila.crop_resize(dense_channels(features), boxes, image_index, size, check_values=False)
     rows, strides = map_rows(features)
     images, height, width, channels = features.shape
     bags = sample_bags(boxes, image_index, size, strides, (images, height, width), features.dtype)
@@ -106,6 +115,8 @@ def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int)
 
 def crop_resize_backward(grad: Tensor, boxes: Tensor, image_index: Tensor, maps: tuple[int, int, int]) -> Tensor:
     """[T, size, size, C] to [B, h, w, C]: each cell gathers from the samples that read it."""
+    if native.serves(grad.dtype, grad.device)[0]:
+        return torch.ops.fila.crop_resize_backward(dense_channels(grad), boxes, image_index, *maps, check_values=False)
     images, height, width = maps
     size, channels = grad.shape[2:]
     samples = sample_bags(boxes, image_index, size, (height * width, width, 1), maps, grad.dtype)
@@ -128,32 +139,46 @@ def _untouched_zeros(count: int, rows: Tensor) -> Tensor:
     return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(rows.dtype).view(count, rows.shape[1])
 
 
+class _Gather:
+    """S for any range of tiles in PyTorch alone, from one table of taps."""
+
+    def __init__(self, maps: Tensor, call: Call) -> None:
+        self.patches, self.tiles = call.shape.patches, call.shape.tiles
+        self.source, strides = map_rows(maps)
+        sizes = (maps.shape[0], maps.shape[1], maps.shape[2])
+        self.bags = sample_bags(call.boxes, call.image_index, call.shape.grid, strides, sizes, maps.dtype)
+        self.bounds: list[int] | None = None
+
+    def __call__(self, first: int, last: int) -> Tensor:
+        if last - first == self.tiles:
+            return sum_bags(self.source, self.bags)
+        if self.bounds is None:
+            self.bounds = self.bags.offset[:: self.patches].tolist()
+        return sum_bags(self.source, tile_slice(self.bags, first, last, self.bounds, self.patches))
+
+
 class FirstLayer:
     """fc1 before its activation, Z [rows, H], for any range of tiles."""
 
     def __init__(self, call: Call) -> None:
         self.call, shape = call, call.shape
         self.projected = call.plan.forward == "project_first"
-        maps = (shape.images, shape.height, shape.width)
+        self.maps = call.features
         if self.projected:
             # R(F) W' = R(F W'), and a constant passes through R unchanged: bilinear weights sum to one.
             cells = call.features.reshape(-1, shape.feature_width)
-            self.source = torch.addmm(call.fc1_bias, cells, call.weight_s.t())
-            strides = (shape.height * shape.width, shape.width, 1)
+            projection = torch.addmm(call.fc1_bias, cells, call.weight_s.t())
+            self.maps = projection.view(shape.images, shape.height, shape.width, shape.hidden_width)
         else:
-            self.source, strides = map_rows(call.features)
             self.joint = call.scratch(shape.token_width + shape.feature_width)
-        self.bags = sample_bags(call.boxes, call.image_index, shape.grid, strides, maps, call.features.dtype)
-        self.bounds: list[int] | None = None
+        self.gather = None if native.serves(self.maps.dtype, self.maps.device)[0] else _Gather(self.maps, call)
 
     def _sampled(self, first: int, last: int) -> Tensor:
         """S [rows, C], or the interpolated projection [rows, H]."""
-        shape = self.call.shape
-        if last - first == shape.tiles:
-            return sum_bags(self.source, self.bags)
-        if self.bounds is None:
-            self.bounds = self.bags.offset[:: shape.patches].tolist()
-        return sum_bags(self.source, tile_slice(self.bags, first, last, self.bounds, shape.patches))
+        if self.gather is not None:
+            return self.gather(first, last)
+        boxes, image_index = self.call.boxes[first:last], self.call.image_index[first:last]
+        return crop_resize(self.maps, boxes, image_index, self.call.shape.grid).flatten(0, 2)
 
     def __call__(self, first: int, last: int, out: Tensor) -> Tensor:
         call, width = self.call, self.call.shape.token_width

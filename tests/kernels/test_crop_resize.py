@@ -71,6 +71,7 @@ def test_every_sample_is_its_centre_or_the_clamp(implementation):
                 assert (line - expected).abs().max() <= 1e-5, (tile, axis, i)
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("case", CASES, ids=ids)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_values_and_gradient(case, dtype):
@@ -130,6 +131,7 @@ def test_gradient_is_bitwise_repeatable():
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.usefixtures("library")
 def test_any_box_is_memory_safe_where_values_are_not_checked():
     """Values are checked on the CPU at the public edge only; beneath it a NaN box gives NaN, and no value faults."""
     values = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e9, -5.0, 2.5]

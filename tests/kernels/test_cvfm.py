@@ -26,6 +26,7 @@ def written_out(tokens, features, boxes, image_index, w1, b1, w2, b2, alpha, pre
     return torch.cat([tokens[:, :prefix], x + (torch.tanh(alpha * m) if gate == "product" else alpha.tanh() * m)], 1)
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["whole", "identity", "many_images", "many_tiles"])

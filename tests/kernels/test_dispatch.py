@@ -1,12 +1,13 @@
 """Planner, resolver and report: which way is taken, and why."""
 
 import json
+import re
 
 import pytest
 import torch
 from cases import Case
 
-from fila_kernels import crop_resize, cvfm, dispatch, explain, info, planner
+from fila_kernels import crop_resize, cvfm, dispatch, explain, info, native, planner
 
 SHAPE = planner.Shape(5, 1, 24, 1024, 1024, 1536, 1, 24, 24)
 
@@ -69,6 +70,21 @@ def test_explain_names_every_direction():
     assert set(found) == {"backend", "forward", "weight_gradient", "feature_gradient"}
     assert all(entry["choice"] and entry["why"] for entry in found.values())
     assert explain((5, 577, 1024), (1, 24, 24, 1536), backend="reference")["forward"]["choice"] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "words"),
+    [
+        (torch.float32, "cpu", "compiled CPU operators"),
+        (torch.float16, "cpu", "PyTorch gathers: .* not torch.float16"),
+        (torch.float32, "cuda", "PyTorch gathers: .* not on cuda"),
+    ],
+)
+def test_explain_says_who_crops_and_resizes(dtype, device, words):
+    if words.startswith("compiled") and not native.load()[0]:
+        words = "PyTorch gathers: the native library is not built"
+    why = explain((5, 577, 1024), (1, 24, 24, 1536), dtype=dtype, device=device, backend="torch")["backend"]["why"]
+    assert re.search(f"crop and resize: {words}", why)
 
 
 def test_info_prints_for_people_and_machines(capsys):
