@@ -288,7 +288,7 @@ def _fill(rng: Random, style: Style, placed: list[Block], layout: Layout, kind: 
                 break
     y = top
     while crowded and y < content.y1 - make.LINE_PITCH - 1:
-        block = _other(rng, style, kind, layout, plain=True)
+        block = _other(rng, style, kind, layout, low=True)
         if block is not None and block.width < style.width and block.height < content.y1 - 1 - y:
             block.x, block.y = content.x0 + 4 + rng.random() * (style.width - block.width), y
             if _free(block, placed):
@@ -297,9 +297,9 @@ def _fill(rng: Random, style: Style, placed: list[Block], layout: Layout, kind: 
         y += rng.uniform(1.0, 3.0)
 
 
-def _other(rng: Random, style: Style, kind: str, layout: Layout, plain: bool = False) -> Block | None:
-    room = 1 if plain else int(layout.content.height // 20)
-    r = 0.5 if plain else rng.random()
+def _other(rng: Random, style: Style, kind: str, layout: Layout, low: bool = False) -> Block | None:
+    room = 1 if low else int(layout.content.height // 20)
+    r = rng.random()
     if kind == "word":  # the page's only word: numbers and bare shapes around it
         if r < 0.6:
             return make.lone(rng, style, False, "number")

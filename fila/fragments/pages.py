@@ -25,7 +25,7 @@ CHARSET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.,:-/%$
 NANO_GEOMETRY = Geometry(
     tile=64, patch=8, stride=16, canvases=((64, 128), (128, 64), (128, 128), (192, 64), (64, 192)), fixed_size=128
 )
-MOST_FURTHER = 4
+MOST_FURTHER = 8
 LARGEST_SPACE = 0.5  # em; a wider gap separates columns
 
 __all__ = ["CHARSET", "NANO_GEOMETRY", "SHAPES", "Glyph", "Sample", "locate", "make_sample"]

@@ -9,7 +9,7 @@ SAME_LINE = 5.0  # canvas pixels between baselines
 
 
 def further_questions(blocks: list[Block], asked: tuple[str, str], rng: Random, most: int) -> list[tuple[str, str]]:
-    """Up to `most` further (question, answer) pairs, in random order.
+    """Up to `most` further (question, answer) pairs; labels and shapes come before mere succession.
 
     Labels, shapes and words do not repeat on a page, so what names one of them is unambiguous. Whether a seam cuts
     these answers is left to chance.
@@ -29,6 +29,7 @@ def further_questions(blocks: list[Block], asked: tuple[str, str], rng: Random, 
             found += [turn for run in block.runs for turn in _along_line(run.text)]
     found = [turn for turn in found if 0 < len(turn[2]) <= LONGEST_ANSWER and turn[2] != asked[1]]
     rng.shuffle(found)
+    found.sort(key=lambda turn: turn[0] in ("line", "after"))
     return [(phrase(rng, kind, subject), answer) for kind, subject, answer in found[:most]]
 
 

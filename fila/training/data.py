@@ -32,6 +32,7 @@ CLASSES = {char: i + 1 for i, char in enumerate([*CHARSET, " ", *SHAPES.values()
 NUM_CLASSES = 1 + len(CLASSES)  # class 0 is an empty slot
 IGNORE = -100
 TRANSCRIBE, LINE_BREAK, LONGEST_TRANSCRIPT = "Read the page.", "|", 160
+TRANSCRIBED = 4  # one page in so many
 
 
 def character_map(sample: Sample, patch: int) -> Tensor:
@@ -95,16 +96,20 @@ def view_labels(characters: Tensor, layout: Layout) -> Tensor:
     return torch.cat([torch.full_like(tiles[:1], IGNORE), tiles])
 
 
-def conversation(sample: Sample, num_image_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+def conversation(
+    sample: Sample, num_image_tokens: int, tokenizer: PreTrainedTokenizerBase, transcribe: bool
+) -> tuple[Tensor, Tensor]:
     """Token ids and labels of everything asked about a page, as turns of the chat template.
 
-    Only answers and their `<eos>` are learned. The picture comes once, in the first turn; the page's transcript comes
-    last, where no question can be answered from it.
+    Only answers and their `<eos>` are learned. The picture comes once, in the first turn; the page's transcript, where
+    it is asked for, comes last, where no question can be answered from it.
     """
     ids = [tokenizer.bos_token_id]
     labels = [IGNORE]
-    transcript = (TRANSCRIBE, LINE_BREAK.join(sample.lines)[:LONGEST_TRANSCRIPT])
-    for turn, (question, answer) in enumerate([*sample.questions, transcript]):
+    turns = list(sample.questions)
+    if transcribe:
+        turns.append((TRANSCRIBE, LINE_BREAK.join(sample.lines)[:LONGEST_TRANSCRIPT]))
+    for turn, (question, answer) in enumerate(turns):
         picture = IMAGE * num_image_tokens if turn == 0 else ""
         asked = tokenizer.encode(USER + picture + question + ASSISTANT, add_special_tokens=False)
         said = tokenizer.encode(answer + EOS, add_special_tokens=False)
@@ -149,7 +154,7 @@ class Pages(Dataset):
         seed: added to the index.
         length: number of pages.
         render: whether pictures are drawn; a text-only stage needs none.
-        crowded: as for `make_sample`.
+        crowded: share of pages that are filled up with lines.
     """
 
     def __init__(
@@ -163,7 +168,7 @@ class Pages(Dataset):
         seed: int,
         length: int,
         render: bool = True,
-        crowded: bool = False,
+        crowded: float = 0.0,
     ):
         self.processor, self.tokenizer, self.geometry, self.fonts = processor, tokenizer, geometry, fonts
         self.split, self.seed, self.length, self.render, self.crowded = split, seed, length, render, crowded
@@ -178,14 +183,14 @@ class Pages(Dataset):
             fonts=self.fonts,
             geometry=self.geometry,
             render=self.render,
-            crowded=self.crowded,
+            crowded=index % 10 < 10 * self.crowded,
         )
-        return self.page(sample)
+        return self.page(sample, transcribe=index % TRANSCRIBED == 0)
 
-    def page(self, sample: Sample) -> Page:
+    def page(self, sample: Sample, transcribe: bool = False) -> Page:
         """Turns a generated sample into tensors."""
         layout = self.geometry.layout(*sample.size)
-        input_ids, labels = conversation(sample, layout.num_tokens, self.tokenizer)
+        input_ids, labels = conversation(sample, layout.num_tokens, self.tokenizer, transcribe)
         pixels = raster = None
         if self.render:
             features = self.processor(sample.image, return_tensors="pt")

@@ -47,7 +47,7 @@ class Stage:
         trains: parts that learn, by the first words of their parameters' names.
         cropping: False for the rule "direct".
         dense: weight of the character-map loss at the start and at the end.
-        crowded: pages full of lines, of which a dense stage learns more at the same cost.
+        crowded: share of pages full of lines, of which more is learned at the same cost.
         easy: share of the steps that see pages of one view only, before pages of all canvases join them.
     """
 
@@ -58,15 +58,17 @@ class Stage:
     cropping: bool = True
     dense: tuple[float, float] = (0.0, 0.0)
     warmup: int = 100
-    crowded: bool = False
+    crowded: float = 0.0
     easy: float = 0.0
 
 
 STAGES = {
     "vision": Stage(
-        800, 8, 1.5e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1), crowded=True
+        800, 8, 1.5e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1), crowded=1.0
     ),
-    "text": Stage(1500, 8, 1.5e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text"), easy=0.3),
+    "text": Stage(
+        1500, 8, 1.5e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text"), easy=0.15, crowded=0.5
+    ),
     "align": Stage(
         400,
         8,
@@ -76,7 +78,7 @@ STAGES = {
         dense=(1, 1),
         warmup=30,
     ),
-    "tune": Stage(1500, 8, 8e-4, ("",), dense=(1, 0.1)),
+    "tune": Stage(1500, 8, 8e-4, ("",), dense=(1, 0.1), crowded=0.5),
 }
 
 

@@ -92,16 +92,28 @@ def test_patches_without_characters_count_little_and_ignored_ones_nothing():
     torch.testing.assert_close(dense_loss(logits, labels), expected)
 
 
-def test_a_conversation_asks_everything_and_learns_only_answers():
+@pytest.mark.parametrize("transcribe", [False, True])
+def test_a_conversation_asks_everything_and_learns_only_answers(transcribe):
     pages = nano_pages(render=False)
     sample = make_sample(0, split="train", fonts=pages.fonts, geometry=pages.geometry, render=False)
-    page = pages.page(sample)
+    page = pages.page(sample, transcribe)
     text = pages.tokenizer.decode(page.input_ids)
     learned = pages.tokenizer.decode(page.labels[page.labels >= 0])
-    answers = [answer for _, answer in sample.questions] + ["|".join(sample.lines)]
+    answers = [answer for _, answer in sample.questions] + ["|".join(sample.lines)] * transcribe
     assert learned == "".join(answer + EOS for answer in answers)
     assert all(f"{question}{ASSISTANT}{answer}{EOS}" in text for question, answer in sample.questions)
     assert (page.input_ids == VOCABULARY["<image>"]).sum() == page.layout.num_tokens
+
+
+def test_half_of_the_pages_can_be_crowded_and_a_quarter_is_transcribed():
+    pages = nano_pages(render=False)
+    pages.crowded = 0.5
+    glyphs = [
+        len(make_sample(i, split="train", fonts=pages.fonts, render=False, crowded=i < 5).glyphs) for i in range(8)
+    ]
+    assert [(pages[i].characters[..., :HELD] > 0).sum().item() for i in range(8)] == glyphs
+    transcribed = ["Read the page." in pages.tokenizer.decode(pages[i].input_ids) for i in range(8)]
+    assert transcribed == [True, False, False, False] * 2
 
 
 @pytest.mark.parametrize("name", ["vision", "text", "align", "tune"])
