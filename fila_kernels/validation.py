@@ -12,9 +12,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int32, torch.int64)
 
 
-def _expect(condition: bool, name: str, expected: str, got: object) -> None:
+def _expect(condition: bool, name: str, expected: str, got: object, *sizes: object) -> None:
+    """`sizes` go into the braces of `expected` only on failure: printing a symbolic size would fix it in a trace."""
     if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
+        raise ValueError(f"{name}: expected {expected.format(*sizes)}, got {got}")
 
 
 def _check_maps(features: Tensor, boxes: Tensor, image_index: Tensor) -> None:
@@ -30,8 +31,9 @@ def _check_maps(features: Tensor, boxes: Tensor, image_index: Tensor) -> None:
     _expect(
         image_index.dim() == 1 and image_index.shape[0] == tiles,
         "image_index",
-        f"shape [{tiles}]",
+        "shape [{}]",
         list(image_index.shape),
+        tiles,
     )
     _expect(image_index.dtype in INDICES, "image_index", "dtype int32 or int64", image_index.dtype)
     _expect(boxes.device == device, "boxes", f"device {device} (as features)", boxes.device)
@@ -80,7 +82,7 @@ def check_cvfm(
     _expect(isinstance(tokens, Tensor), "tokens", "a tensor", type(tokens).__name__)
     _expect(tokens.dim() == 3, "tokens", "shape [T, P + N, D]", list(tokens.shape))
     tiles, length, width = tokens.shape
-    _expect(tiles == boxes.shape[0], "boxes", f"shape [{tiles}, 4] (as tokens)", list(boxes.shape))
+    _expect(tiles == boxes.shape[0], "boxes", "shape [{}, 4] (as tokens)", list(boxes.shape), tiles)
     _expect(num_prefix_tokens >= 0, "num_prefix_tokens", "0 or more", num_prefix_tokens)
     patches = length - num_prefix_tokens
     # A traced length is a symbol; the operator looks at the real one.
@@ -98,7 +100,7 @@ def check_cvfm(
         "alpha": (alpha, (1,), "[1]"),
     }
     for name, (tensor, shape, letters) in expected.items():
-        _expect(tuple(tensor.shape) == shape, name, f"shape {letters} = {list(shape)}", list(tensor.shape))
+        _expect(tuple(tensor.shape) == shape, name, "shape {} = {}", list(tensor.shape), letters, list(shape))
     for name, tensor in [("features", features), *((name, entry[0]) for name, entry in expected.items())]:
         _expect(tensor.dtype == tokens.dtype, name, f"dtype {tokens.dtype} (as tokens)", tensor.dtype)
         _expect(tensor.device == tokens.device, name, f"device {tokens.device} (as tokens)", tensor.device)
