@@ -1,20 +1,59 @@
 """Which backend runs, and why: one resolver, one environment variable, no silent fallback."""
 
+import importlib.util
 import os
+
+import torch
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "FILA_KERNELS_BACKEND"
 
-_UNAVAILABLE = {
-    "triton": "this version has no Triton kernels; use 'torch', which runs on any device",
-    "cuda": "this version has no CUDA kernels; use 'torch', which runs on any device",
-}
+SINGLE_PASS_WIDTH = 512  # one block of rows of the hidden activation has to stay on chip
+
+_UNAVAILABLE = {"cuda": "this version has no CUDA kernels; use 'torch', which runs on any device"}
+# Both are settled before Triton is imported, and constant where torch.compile traces.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+_TRITON_CAPABILITY = (8, 0)
 
 
-def available(backend: str) -> tuple[bool, str]:
-    """Whether `backend` can run here, and why or why not."""
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _triton_available(device: torch.device | None, dtype: torch.dtype | None) -> tuple[bool, str]:
+    if not _TRITON_INSTALLED:
+        return False, "the package triton is not installed; use 'torch', which runs on any device"
+    if dtype == torch.float64:
+        return False, "its kernels compute in float32 and take no float64; use 'torch' or 'reference'"
+    if device is None:
+        if _TRITON_INTERPRETED:
+            return True, "Triton kernels in Triton's interpreter, on CPU tensors"
+        if not torch.cuda.is_available():
+            return False, "no CUDA device, and TRITON_INTERPRET=1 was not set; use 'torch', which runs on any device"
+        device = torch.device("cuda", torch.cuda.current_device())
+    if _TRITON_INTERPRETED:
+        return True, f"Triton kernels in Triton's interpreter, on {device.type} tensors"
+    if device.type != "cuda":
+        return False, (
+            f"its kernels run on CUDA tensors, these are on {device.type}; use 'torch', or set TRITON_INTERPRET=1 "
+            "before the start to interpret the kernels"
+        )
+    if not torch.cuda.is_available():
+        return False, "no CUDA device"
+    capability = _capability(device.index)
+    if capability < _TRITON_CAPABILITY:
+        return False, f"it needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}; use 'torch'"
+    return True, "fused Triton kernels: NVIDIA GPUs of compute capability 8.0 and above"
+
+
+def available(backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> tuple[bool, str]:
+    """Whether `backend` can run here, or on tensors of a device and dtype, and why or why not."""
     if backend not in BACKENDS:
         return False, f"unknown; the backends are {', '.join(BACKENDS)}"
+    if backend == "triton":
+        return _triton_available(device, dtype)
     if backend in _UNAVAILABLE:
         return False, _UNAVAILABLE[backend]
     if backend == "reference":
@@ -22,12 +61,28 @@ def available(backend: str) -> tuple[bool, str]:
     return True, "PyTorch calls with planned order and a gathering backward: any device"
 
 
-def resolve(backend: str | None = None, plan: str | None = None) -> tuple[str, str]:
+def _default(device: torch.device | None, dtype: torch.dtype | None) -> tuple[str, str]:
+    """The fused kernels for CUDA tensors where they can run, else PyTorch calls."""
+    if device is not None and device.type == "cuda":
+        usable, reason = _triton_available(device, dtype)
+        return ("triton", f"default; {reason}") if usable else ("torch", f"default, since triton cannot run: {reason}")
+    return "torch", f"default; {available('torch')[1]}"
+
+
+def resolve(
+    backend: str | None = None,
+    plan: str | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    width: int | None = None,
+) -> tuple[str, str]:
     """The backend to use and the reason.
 
     Args:
         backend: a name, or None or "auto" for the environment variable `FILA_KERNELS_BACKEND`, else the default.
         plan: a requested plan, which the backend has to offer.
+        device, dtype: of the tensors; None asks about this machine in general.
+        width: the larger of token and hidden width, which the plan "single_pass" has to hold on chip.
 
     Raises:
         ValueError: for an unknown name. RuntimeError: if a backend or plan that was asked for by name cannot run.
@@ -36,18 +91,23 @@ def resolve(backend: str | None = None, plan: str | None = None) -> tuple[str, s
         named = os.environ.get(ENVIRONMENT_VARIABLE) or None
         source = f"set by {ENVIRONMENT_VARIABLE}"
         if named in (None, "auto"):
-            named, source = "torch", f"default; {available('torch')[1]}"
+            named, source = _default(device, dtype)
     else:
         named, source = backend, "requested by the caller"
     if named not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or 'auto', got {named!r} ({source})")
-    usable, reason = available(named)
+    usable, reason = available(named, device, dtype)
     if not usable:
         raise RuntimeError(f"backend {named!r} ({source}) cannot run: {reason}")
-    if plan == "single_pass":
+    if plan == "single_pass" and named != "triton":
         raise RuntimeError(
-            f"plan 'single_pass' cannot run on backend {named!r}: it is one fused kernel, which only the 'triton' and "
-            "'cuda' backends can offer and this version of them does not; use 'sample_first', 'project_first' or None"
+            f"plan 'single_pass' cannot run on backend {named!r}: it is one fused kernel, which only the 'triton' "
+            "backend has; use 'sample_first', 'project_first' or None"
+        )
+    if plan == "single_pass" and width is not None and width > SINGLE_PASS_WIDTH:
+        raise RuntimeError(
+            f"plan 'single_pass' cannot run on backend 'triton': expected token and hidden widths of at most "
+            f"{SINGLE_PASS_WIDTH}, which stay on chip, got {width}; use 'sample_first', 'project_first' or None"
         )
     return named, source
 

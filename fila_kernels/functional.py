@@ -36,17 +36,17 @@ def _once(gradients: tuple[Tensor, ...], sources: tuple[Tensor, ...]) -> tuple[T
 
 class _CropResize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, boxes: Tensor, image_index: Tensor, size: int) -> Tensor:
+    def forward(ctx: Any, features: Tensor, boxes: Tensor, image_index: Tensor, size: int, backend: str) -> Tensor:
         ctx.save_for_backward(boxes, image_index)
-        ctx.maps = tuple(features.shape[:3])
-        return _ops.crop_resize(features, boxes, image_index, size)
+        ctx.maps, ctx.backend = tuple(features.shape[:3]), backend
+        return _ops.crop_resize(features, boxes, image_index, size, backend)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         boxes, image_index = ctx.saved_tensors
         with torch.no_grad():
-            found = _ops.crop_resize_backward(grad, boxes, image_index, *ctx.maps)
-        return *_once((found,), (grad,)), None, None, None
+            found = _ops.crop_resize_backward(grad, boxes, image_index, *ctx.maps, ctx.backend)
+        return *_once((found,), (grad,)), None, None, None, None
 
 
 class _Cvfm(torch.autograd.Function):
@@ -54,7 +54,7 @@ class _Cvfm(torch.autograd.Function):
     def forward(
         ctx: Any, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor,
         fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, alpha: Tensor,
-        num_prefix_tokens: int, gate: str, plan: str, recompute: bool,
+        num_prefix_tokens: int, gate: str, plan: str, recompute: bool, backend: str,
     ) -> Tensor:  # fmt: skip
         inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
         needs = ctx.needs_input_grad
@@ -62,9 +62,11 @@ class _Cvfm(torch.autograd.Function):
         save_branch = not recompute and gate == "product" and (save_hidden or needs[7] or needs[8])
         # The scale gate finds alpha's gradient through the hidden activation.
         save_hidden = save_hidden or (not recompute and gate == "scale" and needs[8])
-        out, hidden, branch = _ops.cvfm_forward(*inputs, num_prefix_tokens, gate, plan, save_hidden, save_branch)
+        out, hidden, branch = _ops.cvfm_forward(
+            *inputs, num_prefix_tokens, gate, plan, save_hidden, save_branch, backend
+        )
         ctx.save_for_backward(*inputs, hidden, branch)
-        ctx.settings = (num_prefix_tokens, gate, plan)
+        ctx.settings, ctx.backend = (num_prefix_tokens, gate, plan), backend
         return out
 
     @staticmethod
@@ -73,10 +75,10 @@ class _Cvfm(torch.autograd.Function):
         # Read once: checkpointing computes saved tensors again at every look.
         saved = ctx.saved_tensors
         with torch.no_grad():
-            found = _ops.cvfm_backward(grad, *saved, *ctx.settings, needs)
+            found = _ops.cvfm_backward(grad, *saved, *ctx.settings, needs, ctx.backend)
         found = _once(found, (grad, *saved[:9]))
         tokens, features, *parameters = (g if n else None for g, n in zip(found, needs, strict=True))
-        return tokens, features, None, None, *parameters, None, None, None, None
+        return tokens, features, None, None, *parameters, None, None, None, None, None
 
 
 def crop_resize(
@@ -89,7 +91,7 @@ def crop_resize(
         boxes: [T, 4] float32 y0, x0, y1, x1 in cells, cell i spanning [i, i + 1); fractions allowed. No gradient.
         image_index: [T] int32 or int64, the map each box is cut from.
         size: samples per side of the result.
-        backend: "reference", "torch" or None for the default; see `fila_kernels.dispatch.resolve`.
+        backend: "reference", "torch", "triton" or None for the default; see `fila_kernels.dispatch.resolve`.
 
     Returns:
         [T, size, size, C] in the dtype of `features`, a new contiguous tensor.
@@ -112,10 +114,10 @@ def crop_resize(
         [2.5, 4.5, 10.5, 12.5]
     """
     check_crop_resize(features, boxes, image_index, size)
-    name, _ = dispatch.resolve(backend)
+    name, _ = dispatch.resolve(backend, None, features.device, features.dtype)
     if name == "reference":
         return reference.crop_resize(features, boxes, image_index, size)
-    return _CropResize.apply(features, boxes, image_index, size)
+    return _CropResize.apply(features, boxes, image_index, size, name)
 
 
 def cvfm(
@@ -148,8 +150,9 @@ def cvfm(
         alpha: [1], the gate. All float tensors but `boxes` share one dtype and device.
         num_prefix_tokens: P.
         gate: "product" for tanh(alpha * M), "scale" for tanh(alpha) * M.
-        plan: "sample_first", "project_first" or None to let the planner choose; see `explain`.
-        backend: "reference", "torch" or None for the default.
+        plan: "sample_first", "project_first", "single_pass" (triton only, D and H up to 512), or None to let the
+            planner choose; see `explain`.
+        backend: "reference", "torch", "triton" or None for the default: triton on CUDA tensors, else torch.
         recompute: save nothing but the inputs for the backward pass and compute the MLP again there.
 
     Returns:
@@ -193,12 +196,13 @@ def cvfm(
         )
     inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
     check_cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate, plan=plan)
-    name, _ = dispatch.resolve(backend, plan)
+    width = max(tokens.shape[2], fc1_weight.shape[0]) if plan == "single_pass" else None
+    name, _ = dispatch.resolve(backend, plan, tokens.device, tokens.dtype, width)
     if name == "reference":
         return reference.cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate)
     if torch.is_grad_enabled():
-        return _Cvfm.apply(*inputs, num_prefix_tokens, gate, plan or "", recompute)
-    return _ops.cvfm_forward(*inputs, num_prefix_tokens, gate, plan or "", False, False)[0]
+        return _Cvfm.apply(*inputs, num_prefix_tokens, gate, plan or "", recompute, name)
+    return _ops.cvfm_forward(*inputs, num_prefix_tokens, gate, plan or "", False, False, name)[0]
 
 
 def explain(
@@ -232,7 +236,8 @@ def explain(
     """
     tiles, length, width = tokens
     images, height, map_width, channels = features
-    name, why = dispatch.resolve(backend, plan)
+    device = torch.device(device)
+    name, why = dispatch.resolve(backend, plan, device, dtype, max(width, hidden_width or width))
     if name == "torch":
         why += f"; crop and resize: {native.serves(dtype, torch.device(device))[1]}"
     report = {"backend": {"choice": name, "why": why}}
@@ -242,5 +247,5 @@ def explain(
         tiles, num_prefix_tokens, math.isqrt(length - num_prefix_tokens), width, hidden_width or width, channels,
         images, height, map_width,
     )  # fmt: skip
-    chosen = planner.choose(shape, dtype, torch.device(device), plan)
+    chosen = planner.choose(shape, dtype, device, plan, name)
     return report | {d: {"choice": getattr(chosen, d), "why": chosen.reasons[d]} for d in planner.DIRECTIONS}

@@ -6,6 +6,8 @@ on the arguments alone and never on the plan, which is chosen inside from real s
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,23 +17,32 @@ from fila_kernels.backends import eager, eager_backward
 
 NAMESPACE = "fila_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_EAGER = SimpleNamespace(
+    crop_resize=eager.crop_resize,
+    crop_resize_backward=eager.crop_resize_backward,
+    forward=eager.forward,
+    backward=eager_backward.backward,
+)
 
 _INPUTS = (
     "Tensor tokens, Tensor features, Tensor boxes, Tensor image_index, Tensor fc1_weight, Tensor fc1_bias, "
     "Tensor fc2_weight, Tensor fc2_bias, Tensor alpha"
 )
 _SCHEMAS = {
-    "crop_resize": "(Tensor features, Tensor boxes, Tensor image_index, SymInt size) -> Tensor",
+    "crop_resize": '(Tensor features, Tensor boxes, Tensor image_index, SymInt size, str backend="torch") -> Tensor',
     "crop_resize_backward": (
-        "(Tensor grad, Tensor boxes, Tensor image_index, SymInt images, SymInt height, SymInt width) -> Tensor"
+        "(Tensor grad, Tensor boxes, Tensor image_index, SymInt images, SymInt height, SymInt width, "
+        'str backend="torch") -> Tensor'
     ),
     "cvfm_forward": (
-        f"({_INPUTS}, SymInt num_prefix_tokens, str gate, str plan, bool save_hidden, bool save_branch) "
+        f"({_INPUTS}, SymInt num_prefix_tokens, str gate, str plan, bool save_hidden, bool save_branch, "
+        'str backend="torch") '
         "-> (Tensor out, Tensor hidden, Tensor branch)"
     ),
     "cvfm_backward": (
         f"(Tensor grad, {_INPUTS}, Tensor hidden, Tensor branch, SymInt num_prefix_tokens, str gate, str plan, "
-        "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        'bool[] needs, str backend="torch") '
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -67,34 +78,43 @@ def _backward_results(inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
     ]
 
 
+def _implementation(backend: str) -> Any:
+    """The module that computes: crop_resize, crop_resize_backward, forward, backward."""
+    if backend == "triton":
+        from fila_kernels.backends.triton import launch  # imports triton, which not every machine has
+
+        return launch
+    return _EAGER
+
+
 def _no_autocast(device: torch.device):
     """Operands were cast at the public edge; inside an op nothing is cast again."""
     return torch.autocast(device.type, enabled=False)
 
 
-def _crop_resize(features, boxes, image_index, size):
+def _crop_resize(features, boxes, image_index, size, backend="torch"):
     if boxes.shape[0] == 0 or features.numel() == 0:
         return _crop_resize_fake(features, boxes, image_index, size).zero_()
-    return eager.crop_resize(features, boxes, image_index, size)
+    return _implementation(backend).crop_resize(features, boxes, image_index, size)
 
 
-def _crop_resize_fake(features, boxes, image_index, size):
+def _crop_resize_fake(features, boxes, image_index, size, backend="torch"):
     return features.new_empty((boxes.shape[0], size, size, features.shape[3]))
 
 
-def _crop_resize_backward(grad, boxes, image_index, images, height, width):
+def _crop_resize_backward(grad, boxes, image_index, images, height, width, backend="torch"):
     if grad.numel() == 0:
         return grad.new_zeros((images, height, width, grad.shape[3]))
-    return eager.crop_resize_backward(grad, boxes, image_index, (images, height, width))
+    return _implementation(backend).crop_resize_backward(grad, boxes, image_index, (images, height, width))
 
 
-def _crop_resize_backward_fake(grad, boxes, image_index, images, height, width):
+def _crop_resize_backward_fake(grad, boxes, image_index, images, height, width, backend="torch"):
     return grad.new_empty((images, height, width, grad.shape[3]))
 
 
 def _cvfm_forward(
     tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-    num_prefix_tokens, gate, plan, save_hidden, save_branch,
+    num_prefix_tokens, gate, plan, save_hidden, save_branch, backend="torch",
 ):  # fmt: skip
     shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
     hidden = tokens.new_empty((shape.samples, shape.hidden_width) if save_hidden else (0,))
@@ -104,22 +124,22 @@ def _cvfm_forward(
     with _no_autocast(tokens.device):
         call = eager.Call(
             tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-            shape, gate, planner.choose(shape, tokens.dtype, tokens.device, plan or None),
+            shape, gate, planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend),
         )  # fmt: skip
-        out = eager.forward(call, hidden if save_hidden else None, branch if save_branch else None)
+        out = _implementation(backend).forward(call, hidden if save_hidden else None, branch if save_branch else None)
     return out, hidden, branch
 
 
 def _cvfm_forward_fake(
     tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-    num_prefix_tokens, gate, plan, save_hidden, save_branch,
+    num_prefix_tokens, gate, plan, save_hidden, save_branch, backend="torch",
 ):  # fmt: skip
     return _forward_results(tokens, fc1_weight, num_prefix_tokens, save_hidden, save_branch)
 
 
 def _cvfm_backward(
     grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha, hidden, branch,
-    num_prefix_tokens, gate, plan, needs,
+    num_prefix_tokens, gate, plan, needs, backend="torch",
 ):  # fmt: skip
     inputs = [tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha]
     if tokens.numel() == 0:
@@ -128,9 +148,9 @@ def _cvfm_backward(
     with _no_autocast(tokens.device):
         call = eager.Call(
             tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-            shape, gate, planner.choose(shape, tokens.dtype, tokens.device, plan or None),
+            shape, gate, planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend),
         )  # fmt: skip
-        results = eager_backward.backward(
+        results = _implementation(backend).backward(
             call, grad, hidden if hidden.dim() == 2 else None, branch if branch.dim() == 2 else None,
             eager_backward.Needs(*needs),
         )  # fmt: skip
@@ -141,7 +161,7 @@ def _cvfm_backward(
 
 def _cvfm_backward_fake(
     grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha, hidden, branch,
-    num_prefix_tokens, gate, plan, needs,
+    num_prefix_tokens, gate, plan, needs, backend="torch",
 ):  # fmt: skip
     inputs = [tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha]
     return tuple(_backward_results(inputs, needs))

@@ -1,9 +1,12 @@
 """Which of the exact ways to compute the operation is used, decided from shapes, dtype and device alone."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from fila_kernels import tuned
 
 PLANS = ("sample_first", "project_first", "single_pass")
 DIRECTIONS = ("forward", "weight_gradient", "feature_gradient")
@@ -91,12 +94,29 @@ def _seconds(shape: Shape, plan: str, direction: str, dtype: torch.dtype, device
     return gemm + _moved(shape, plan, direction) * dtype.itemsize / rate.bytes
 
 
-def choose(shape: Shape, dtype: torch.dtype, device: torch.device, requested: str | None = None) -> Plan:
-    """The plan for each direction; `requested` fixes all of them."""
+@cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def choose(
+    shape: Shape, dtype: torch.dtype, device: torch.device, requested: str | None = None, backend: str = "torch"
+) -> Plan:
+    """The plan for each direction: `requested`, else the tuned table's nearest entry, else the cost model's."""
     chosen, reasons = {}, {}
+    measured = tuned.load(_device_name(device)).plan(shape, dtype) if backend == "triton" and not requested else None
     for direction in DIRECTIONS:
+        if requested == "single_pass" and direction != "forward":
+            chosen[direction] = "sample_first"
+            reasons[direction] = "single_pass is a plan of the forward pass; its gradients sample first"
+            continue
         if requested:
             chosen[direction], reasons[direction] = requested, "requested by the caller"
+            continue
+        if measured is not None:
+            plans, exact = measured
+            chosen[direction] = plans[direction]
+            reasons[direction] = f"tuned table of {_device_name(device)}: " + ("measured" if exact else "nearest entry")
             continue
         cost = {plan: _seconds(shape, plan, direction, dtype, device) for plan in ("sample_first", "project_first")}
         chosen[direction] = min(cost, key=cost.__getitem__)

@@ -29,10 +29,13 @@ def test_environment_variable(monkeypatch):
         dispatch.resolve()
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_an_explicit_backend_that_cannot_run_raises_with_the_reason(backend):
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [("triton", "its kernels run on CUDA tensors, these are on cpu"), ("cuda", "this version has no")],
+)
+def test_an_explicit_backend_that_cannot_run_raises_with_the_reason(backend, reason):
     inputs = Case("dispatch").inputs(torch.float32)
-    with pytest.raises(RuntimeError, match=f"'{backend}' .requested by the caller. cannot run: this version has no"):
+    with pytest.raises(RuntimeError, match=f"'{backend}' .requested by the caller. cannot run: {reason}"):
         cvfm(**inputs, backend=backend)
     with pytest.raises(RuntimeError, match="cannot run"):
         crop_resize(inputs["features"], inputs["boxes"], inputs["image_index"], 2, backend=backend)
@@ -42,6 +45,30 @@ def test_single_pass_says_whose_it_is():
     inputs = Case("dispatch").inputs(torch.float32)
     with pytest.raises(RuntimeError, match="plan 'single_pass' cannot run on backend 'torch'"):
         cvfm(**inputs, plan="single_pass")
+
+
+def test_who_may_use_triton(monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, name in (((9, 0), "triton"), ((8, 0), "triton"), ((7, 5), "torch")):
+        monkeypatch.setattr(dispatch, "_capability", lambda index, found=capability: found)
+        assert dispatch.resolve(device=cuda, dtype=torch.bfloat16)[0] == name
+    monkeypatch.setattr(dispatch, "_capability", lambda index: (9, 0))
+    name, reason = dispatch.resolve(device=cuda, dtype=torch.float64)
+    assert name == "torch"
+    assert "default, since triton cannot run: its kernels compute in float32 and take no float64" in reason
+    assert dispatch.resolve(device=cpu, dtype=torch.float32)[0] == "torch"
+    with pytest.raises(RuntimeError, match="take no float64"):
+        dispatch.resolve("triton", device=cuda, dtype=torch.float64)
+    assert dispatch.resolve("triton", "single_pass", cuda, torch.bfloat16, 512)[0] == "triton"
+    with pytest.raises(RuntimeError, match="widths of at most 512, which stay on chip, got 1024"):
+        dispatch.resolve("triton", "single_pass", cuda, torch.bfloat16, 1024)
+    monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", False)
+    assert dispatch.resolve(device=cuda, dtype=torch.bfloat16)[0] == "torch"
+    with pytest.raises(RuntimeError, match="not installed"):
+        dispatch.resolve("triton", device=cuda, dtype=torch.bfloat16)
 
 
 def test_backends_agree():
@@ -94,7 +121,7 @@ def test_info_prints_for_people_and_machines(capsys):
         assert word in text
     assert info.main(["--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["backends"]["triton"]["available"] is False
+    assert report["backends"]["triton"]["available"] is dispatch.available("triton")[0]
     assert report["backend"]["choice"] in dispatch.BACKENDS
 
 

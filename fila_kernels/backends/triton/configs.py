@@ -1,0 +1,274 @@
+"""Tile shapes: frozen dataclasses, where each can run, which are worth trying, and which is taken untuned.
+
+`supports(config, problem, device)` is the one predicate; the launcher, the tuner and the tests ask nothing else. A
+kernel is launched with a config that the caller gives, else the tuned table's, else `default`.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import Any
+
+import torch
+
+KERNELS = (
+    "crop_resize", "crop_resize_backward", "fc1", "fc1_projected", "fc2", "single_pass",
+    "gate_backward", "hidden_gradient", "input_gradient", "weight_gradient",
+)  # fmt: skip
+SINGLE_PASS_WIDTH = 512
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a config depends on: compute capability, multiprocessors, bytes of shared memory a block may have."""
+
+    name: str
+    capability: tuple[int, int]
+    num_sms: int
+    shared_memory: int
+
+
+# Limits of the architectures that kernels are compiled for without a GPU, and the stand-in for the interpreter.
+ARCHITECTURES = {
+    80: Device("sm_80", (8, 0), 108, 166_912),
+    90: Device("sm_90", (9, 0), 132, 232_448),
+    100: Device("sm_100", (10, 0), 148, 232_448),
+}
+INTERPRETER = Device("interpreter", (9, 0), 2, 232_448)
+
+
+def _shared_memory(capability: tuple[int, int]) -> int:
+    """What CUDA's table of technical specifications grants a block, by compute capability."""
+    if capability in ((8, 0), (8, 7)):
+        return 166_912
+    return 232_448 if capability[0] in (9, 10, 11) else 101_376
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """The device's limits, asked once a process."""
+    if device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    return Device(properties.name, capability, properties.multi_processor_count, _shared_memory(capability))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One launch: rows m, columns n, depth k, the stored dtype, and whether tensors suit the tensor copy engine.
+
+    Gathers count samples or cells as m and channels as n, with k = 0. `aligned` says that all operands that could be
+    read through descriptors have bases and strides on 16 bytes.
+    """
+
+    kernel: str
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    aligned: bool = True
+
+
+@dataclass(frozen=True)
+class GatherConfig:
+    """Samples or cells by channels in one program."""
+
+    block_rows: int
+    block_columns: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """A tile of the product, and how it is fed.
+
+    tma: operands through tensor descriptors. persistent: one program a multiprocessor, which goes from tile to tile.
+    split_epilogue: the accumulator's columns leave in so many parts, which saves registers. split_k: the depth is cut
+    into so many parts, whose sums are added in a fixed order.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    persistent: bool = False
+    split_epilogue: int = 1
+    split_k: int = 1
+
+
+Config = GatherConfig | GemmConfig
+GATHERS = ("crop_resize", "crop_resize_backward", "gate_backward")
+
+
+def config_from(kernel: str, values: dict[str, Any]) -> Config:
+    """A config from a table's plain values; unknown names raise TypeError."""
+    return (GatherConfig if kernel in GATHERS else GemmConfig)(**values)
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """What `config_from` takes back."""
+    return asdict(config)
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not below `value`."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def shared_memory(config: GemmConfig, problem: Problem) -> int:
+    """Bytes that the operands' pipeline takes, by the arrays' sizes."""
+    size = problem.dtype.itemsize
+    if problem.kernel == "single_pass":
+        columns = power_of_two(problem.n)
+        first = config.num_stages * (config.block_m + columns) * config.block_k * size
+        second = (config.block_m + config.num_stages * config.block_n) * columns * size
+        return max(first, second)
+    stage = (config.block_m + config.block_n) * config.block_k * size
+    return config.num_stages * stage
+
+
+def supports(config: Config, problem: Problem, device: Device) -> bool:
+    """Whether `config` can run `problem` on `device`: the right kind, legal tiles, and what the device has room for."""
+    sizes = [getattr(config, field.name) for field in fields(config) if field.name.startswith("block")]
+    if not all(_is_power_of_two(size) for size in (*sizes, config.num_warps)) or not 1 <= config.num_warps <= 16:
+        return False
+    if isinstance(config, GatherConfig):
+        # 128 float32 values a thread, and a grid within bounds.
+        return problem.kernel in GATHERS and config.block_rows * config.block_columns <= 128 * 32 * config.num_warps
+    if problem.kernel in GATHERS or min(sizes) < 16 or config.num_stages < 1:
+        return False
+    wide = problem.kernel == "single_pass"
+    if wide and max(problem.n, problem.k) > SINGLE_PASS_WIDTH:
+        return False
+    if (config.split_k > 1 and problem.kernel != "weight_gradient") or config.split_k < 1:
+        return False
+    if not _is_power_of_two(config.split_epilogue) or config.block_n // config.split_epilogue < 16:
+        return False
+    if config.tma and (wide or not problem.aligned or device.capability[0] < 9 or max(sizes) > 256):
+        return False
+    columns = power_of_two(problem.n) if wide else config.block_n
+    if config.block_m * columns > 128 * 32 * config.num_warps:
+        return False
+    return shared_memory(config, problem) <= device.shared_memory
+
+
+def _gemm_tiles(problem: Problem, device: Device) -> list[GemmConfig]:
+    """Tiles by what the tensor cores of the device want, best guess first."""
+    if problem.dtype == torch.float32:
+        # Float32 is multiplied without tensor cores unless TF32 is allowed: small tiles, or registers run out.
+        tiles = [(64, 64, 32, 4, 2), (32, 64, 32, 4, 2), (128, 64, 32, 8, 2), (32, 32, 32, 4, 2)]
+        return [GemmConfig(*tile) for tile in tiles]
+    if device.capability[0] >= 9:
+        tma = [
+            GemmConfig(m, n, 64, warps, stages, tma=True, persistent=persistent, split_epilogue=n // 64)
+            for m, n, warps, stages in (
+                (128, 256, 8, 4), (128, 128, 8, 4), (128, 128, 4, 4), (64, 256, 4, 4), (64, 128, 4, 4),
+                (256, 128, 8, 4), (128, 256, 8, 3), (128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 4),
+            )
+            for persistent in (True, False)
+        ]  # fmt: skip
+    else:
+        tma = []
+    pointer = [
+        GemmConfig(m, n, k, warps, stages, split_epilogue=n // 64)
+        for m, n, k, warps, stages in (
+            (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 256, 32, 8, 3), (64, 128, 32, 4, 4), (128, 64, 32, 4, 4),
+            (64, 64, 32, 4, 4), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3), (128, 128, 32, 8, 3), (32, 64, 32, 4, 4),
+        )
+    ]  # fmt: skip
+    return tma + pointer
+
+
+def candidates(problem: Problem, device: Device) -> list[Config]:
+    """Every config worth measuring for `problem` on `device`, the untuned choice first."""
+    found: list[Config]
+    if problem.kernel in GATHERS:
+        blocks = [(rows, columns, warps) for rows in (16, 32, 8, 64) for columns in (64, 128, 256) for warps in (4, 8)]
+        found = [GatherConfig(*block) for block in blocks]
+    elif problem.kernel == "single_pass":
+        found = [
+            GemmConfig(m, 64, k, warps, stages)
+            for m in (64, 32, 128)
+            for k in (32, 64)
+            for warps in (8, 4)
+            for stages in (2, 3)
+        ]
+    else:
+        found = list(_gemm_tiles(problem, device))
+        if problem.kernel == "weight_gradient":
+            found = [GemmConfig(**{**asdict(c), "split_k": s}) for c in found for s in (1, 2, 4, 8, 16)]  # type: ignore[call-overload]
+    first = default(problem, device)
+    return [first, *(config for config in found if config != first and supports(config, problem, device))]
+
+
+@cache
+def default(problem: Problem, device: Device) -> Config:
+    """The config without a measurement: what the shape, the dtype and the device suggest."""
+    if device == INTERPRETER:
+        return _interpreted(problem)
+    if problem.kernel in GATHERS:
+        columns = min(128, max(16, power_of_two(problem.n)))
+        return GatherConfig(16 if problem.kernel != "gate_backward" else 32, columns)
+    if problem.kernel == "single_pass":
+        return _single_pass(problem, device)
+    tiles = [config for config in _gemm_tiles(problem, device) if supports(config, problem, device)]
+    if problem.dtype == torch.float32:
+        best = tiles[0]
+    else:
+        best = min(tiles, key=lambda config: _waste(config, problem, device))
+    if problem.kernel == "weight_gradient":
+        best = GemmConfig(**{**asdict(best), "split_k": _splits(best, problem, device)})
+    return best
+
+
+def resident(config: GemmConfig, problem: Problem, device: Device) -> int:
+    """Programs that a multiprocessor holds at a time: what shared memory has room for, eight warps at the most."""
+    return max(1, min(device.shared_memory // shared_memory(config, problem), 8 // config.num_warps))
+
+
+def _waste(config: GemmConfig, problem: Problem, device: Device) -> tuple[bool, float]:
+    """Descriptors first; then the time that waves of tiles take, a small tile being fed less well than a large one."""
+    tiles = -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
+    area = config.block_m * config.block_n
+    if problem.kernel == "weight_gradient":
+        waves = tiles / device.num_sms  # the depth is cut until the chip is full
+    else:
+        together = resident(config, problem, device)
+        waves = -(-tiles // (device.num_sms * together)) * together
+    fed = 1 + 24 * (config.block_m + config.block_n) / area
+    registers = 0.1 if area > 64 * 32 * config.num_warps and not config.tma else 0.0
+    idle = 0.01 * (4 - config.num_stages) + (0.005 if not config.persistent else 0.0)
+    return not config.tma, waves * area * (fed + registers + idle)
+
+
+def _splits(config: GemmConfig, problem: Problem, device: Device) -> int:
+    """Parts of the depth that fill the chip once, of at least eight steps each."""
+    tiles = -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
+    most = max(1, problem.k // (8 * config.block_k))
+    return max(1, min(most, device.num_sms // tiles, 32))
+
+
+def _single_pass(problem: Problem, device: Device) -> GemmConfig:
+    rows = 64 if problem.dtype != torch.float32 else 16
+    while rows > 16 and not supports(GemmConfig(rows, 64, 32, 8, 2), problem, device):
+        rows //= 2
+    return GemmConfig(rows, 64 if problem.dtype != torch.float32 else 16, 32, 8, 2)
+
+
+def _interpreted(problem: Problem) -> Config:
+    """Few large programs: the interpreter pays by the operation, not by the element."""
+    if problem.kernel in GATHERS:
+        return GatherConfig(256, min(64, max(16, power_of_two(problem.n))), 16)
+    if problem.kernel == "single_pass":
+        return GemmConfig(64, 64, 64, 8, 2)
+    return GemmConfig(
+        64, 64, 64, 4, 2, tma=problem.aligned, persistent=problem.aligned, split_epilogue=2,
+        split_k=2 if problem.kernel == "weight_gradient" else 1,
+    )  # fmt: skip

@@ -1,0 +1,191 @@
+"""The forward pass in two products, each with everything around it in its epilogue.
+
+    Z = [X ; S] W1' + b1,  A = gelu(Z)      fc1: two row operands and no concatenated copy; or, project-first,
+    Z = X W1x' + R(P),     P = F W1s' + b1  the projection P [B, h, w, H] interpolated in the epilogue
+    M = A W2' + b2,  out = X + gate(M)      fc2
+
+Products run over all T * L rows, since the patch tokens alone are not a matrix inside tokens [T, L, D]; S and A have
+the same rows, those of prefix tokens being of no account. The hidden activation Z and the branch M that a backward
+pass wants are written for the T * N samples only.
+
+Operands come through tensor descriptors (TMA), whose pipeline Triton builds, or through pointers with masks.
+"""
+
+import triton
+import triton.language as tl
+
+from fila_kernels.backends.triton.primitives import (
+    add_product,
+    clamped_image,
+    gated,
+    gelu,
+    halves,
+    mix,
+    token_rows,
+    upper_tap,
+)
+
+
+@triton.jit
+def interpolated(
+    p_projected, p_taps, p_weights, p_index, row, column, num_rows, length, prefix, size, images, height, width,
+    num_columns,
+):  # fmt: skip
+    """R(P) for a tile of flat rows and columns, [rows, columns] in float32."""
+    tile, patch, _, is_patch = token_rows(row, num_rows, length, prefix)
+    p_y = p_taps + tile * 2 * size + patch // size
+    p_x = p_taps + (tile * 2 + 1) * size + patch % size
+    top = tl.load(p_y, mask=is_patch, other=0)
+    left = tl.load(p_x, mask=is_patch, other=0)
+    weight_y = tl.load(p_weights + tile * 2 * size + patch // size, mask=is_patch, other=0.0)
+    weight_x = tl.load(p_weights + (tile * 2 + 1) * size + patch % size, mask=is_patch, other=0.0)
+    image = clamped_image(p_index, tile, images, is_patch)
+    upper = (image * height + top) * width
+    lower = (image * height + upper_tap(top, weight_y)) * width
+    right = upper_tap(left, weight_x)
+    weight_y, weight_x = weight_y[:, None], weight_x[:, None]
+    inside = is_patch[:, None] & (column < num_columns)[None, :]
+    far_x = inside & (weight_x != 0.0)
+    far_y = inside & (weight_y != 0.0)
+    p_columns = p_projected + column[None, :]
+    near_near = tl.load(p_columns + ((upper + left) * num_columns)[:, None], mask=inside, other=0.0).to(tl.float32)
+    near_far = tl.load(p_columns + ((upper + right) * num_columns)[:, None], mask=far_x, other=0.0).to(tl.float32)
+    near = mix(near_near, near_far, weight_x)
+    far_near = tl.load(p_columns + ((lower + left) * num_columns)[:, None], mask=far_y, other=0.0).to(tl.float32)
+    far_far = tl.load(
+        p_columns + ((lower + right) * num_columns)[:, None], mask=far_x & far_y, other=0.0
+    ).to(tl.float32)  # fmt: skip
+    return mix(near, mix(far_near, far_far, weight_x), weight_y)
+
+
+@triton.jit
+def fc1_epilogue(
+    acc, row, i_col, p_bias, p_hidden, p_activated, p_projected, p_taps, p_weights, p_index,
+    num_rows, length, prefix, size, images, height, width, hidden_width,
+    SAVE_HIDDEN: tl.constexpr, WRITE_ACTIVATED: tl.constexpr, PROJECTED: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    if SPLIT > 1:
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        fc1_epilogue(
+            left, row, i_col, p_bias, p_hidden, p_activated, p_projected, p_taps, p_weights, p_index,
+            num_rows, length, prefix, size, images, height, width, hidden_width,
+            SAVE_HIDDEN, WRITE_ACTIVATED, PROJECTED, SPLIT // 2, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        fc1_epilogue(
+            right, row, i_col + BLOCK_N // 2, p_bias, p_hidden, p_activated, p_projected, p_taps, p_weights, p_index,
+            num_rows, length, prefix, size, images, height, width, hidden_width,
+            SAVE_HIDDEN, WRITE_ACTIVATED, PROJECTED, SPLIT // 2, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+    else:
+        column = i_col + tl.arange(0, BLOCK_N)
+        in_columns = column < hidden_width
+        _, _, sample, is_patch = token_rows(row, num_rows, length, prefix)
+        if PROJECTED:
+            z = acc + interpolated(
+                p_projected, p_taps, p_weights, p_index, row, column, num_rows, length, prefix, size, images, height,
+                width, hidden_width,
+            )  # fmt: skip
+        else:
+            z = acc + tl.load(p_bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        if SAVE_HIDDEN:
+            p_rows = p_hidden + (sample * hidden_width)[:, None] + column[None, :]
+            tl.store(p_rows, z.to(p_hidden.dtype.element_ty), mask=is_patch[:, None] & in_columns[None, :])
+        if WRITE_ACTIVATED:
+            p_rows = p_activated + (row.to(tl.int64) * hidden_width)[:, None] + column[None, :]
+            inside = (row < num_rows)[:, None] & in_columns[None, :]
+            tl.store(p_rows, gelu(z).to(p_activated.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def fc1_fwd_kernel(
+    x, s, w_x, w_s, p_bias, p_hidden, p_activated, p_projected, p_taps, p_weights, p_index,
+    num_rows, length, prefix, size, images, height, width, token_width, feature_width, hidden_width,
+    stride_t, stride_l, stride_w,
+    SAVE_HIDDEN: tl.constexpr, WRITE_ACTIVATED: tl.constexpr, PROJECTED: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Z and A = gelu(Z). Columns go fastest: the programs that run together share rows, and W1 stays in L2."""
+    blocks_n = tl.cdiv(hidden_width, BLOCK_N)
+    for i_tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M) * blocks_n, tl.num_programs(0)):
+        i_row = i_tile // blocks_n * BLOCK_M
+        i_col = i_tile % blocks_n * BLOCK_N
+        row = i_row + tl.arange(0, BLOCK_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = add_product(
+            acc, x, w_x, row, i_row, i_col, num_rows, hidden_width, token_width, length, stride_t, stride_l, stride_w,
+            True, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if not PROJECTED:
+            acc = add_product(
+                acc, s, w_s, row, i_row, i_col, num_rows, hidden_width, feature_width, length,
+                length * feature_width, feature_width, stride_w, True, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        fc1_epilogue(
+            acc, row, i_col, p_bias, p_hidden, p_activated, p_projected, p_taps, p_weights, p_index,
+            num_rows, length, prefix, size, images, height, width, hidden_width,
+            SAVE_HIDDEN, WRITE_ACTIVATED, PROJECTED, SPLIT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def fc2_epilogue(
+    acc, row, i_col, alpha, p_bias, p_tokens, p_out, p_branch, num_rows, length, prefix, token_width,
+    stride_t, stride_l,
+    PRODUCT: tl.constexpr, WRITE_OUT: tl.constexpr, SAVE_BRANCH: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    if SPLIT > 1:
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        fc2_epilogue(
+            left, row, i_col, alpha, p_bias, p_tokens, p_out, p_branch, num_rows, length, prefix, token_width,
+            stride_t, stride_l, PRODUCT, WRITE_OUT, SAVE_BRANCH, SPLIT // 2, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        fc2_epilogue(
+            right, row, i_col + BLOCK_N // 2, alpha, p_bias, p_tokens, p_out, p_branch, num_rows, length, prefix,
+            token_width, stride_t, stride_l, PRODUCT, WRITE_OUT, SAVE_BRANCH, SPLIT // 2, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+    else:
+        column = i_col + tl.arange(0, BLOCK_N)
+        in_columns = column < token_width
+        _, _, sample, is_patch = token_rows(row, num_rows, length, prefix)
+        branch = acc + tl.load(p_bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        if SAVE_BRANCH:
+            p_rows = p_branch + (sample * token_width)[:, None] + column[None, :]
+            tl.store(p_rows, branch.to(p_branch.dtype.element_ty), mask=is_patch[:, None] & in_columns[None, :])
+        if WRITE_OUT:
+            inside = (row < num_rows)[:, None] & in_columns[None, :]
+            offsets = (row // length).to(tl.int64) * stride_t + (row % length).to(tl.int64) * stride_l
+            x = tl.load(p_tokens + offsets[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            fused = tl.where(is_patch[:, None], x + gated(branch, alpha, PRODUCT), x)
+            p_rows = p_out + (row.to(tl.int64) * token_width)[:, None] + column[None, :]
+            tl.store(p_rows, fused.to(p_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def fc2_fwd_kernel(
+    a, w, p_bias, p_alpha, p_tokens, p_out, p_branch,
+    num_rows, length, prefix, hidden_width, token_width, stride_t, stride_l, stride_w,
+    PRODUCT: tl.constexpr, WRITE_OUT: tl.constexpr, SAVE_BRANCH: tl.constexpr, IF_CLOSED: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """M, and the fused tokens. IF_CLOSED computes only under a gate of zero, which no host has to look at."""
+    alpha = tl.load(p_alpha).to(tl.float32)
+    blocks_n = tl.cdiv(token_width, BLOCK_N)
+    num_tiles = tl.cdiv(num_rows, BLOCK_M) * blocks_n
+    if IF_CLOSED:
+        num_tiles = tl.where(alpha == 0.0, num_tiles, 0)
+    for i_tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        i_row = i_tile // blocks_n * BLOCK_M
+        i_col = i_tile % blocks_n * BLOCK_N
+        row = i_row + tl.arange(0, BLOCK_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = add_product(
+            acc, a, w, row, i_row, i_col, num_rows, token_width, hidden_width, length, length * hidden_width,
+            hidden_width, stride_w, True, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        fc2_epilogue(
+            acc, row, i_col, alpha, p_bias, p_tokens, p_out, p_branch, num_rows, length, prefix, token_width,
+            stride_t, stride_l, PRODUCT, WRITE_OUT, SAVE_BRANCH, SPLIT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip

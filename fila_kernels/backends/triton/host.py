@@ -1,0 +1,108 @@
+"""The host side that all launchers share: the config of a launch, descriptors, and the launch itself."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fila_kernels import tuned
+from fila_kernels.backends.triton import configs
+from fila_kernels.backends.triton.configs import Config, GemmConfig, Problem
+
+
+def device_guard(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def choose(problem: Problem, device: torch.device, config: Config | None = None) -> Config:
+    """The caller's config, else the tuned table's for a problem as large, else the default.
+
+    Raises:
+        ValueError: a config that was asked for cannot run here.
+    """
+    limits = configs.device_of(device)
+    if config is not None:
+        if not configs.supports(config, problem, limits):
+            raise ValueError(f"{config} cannot run {problem} on {limits.name}")
+        return config
+    values = tuned.load(limits.name).config(problem.kernel, (problem.m, problem.n, problem.k), problem.dtype)
+    if values is not None:
+        found = configs.config_from(problem.kernel, values)
+        if configs.supports(found, problem, limits):
+            return found
+    return configs.default(problem, limits)
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether the tensor copy engine can read all of them: base and strides on 16 bytes, the last stride 1."""
+    return all(
+        tensor.numel() > 0
+        and tensor.data_ptr() % 16 == 0
+        and tensor.stride(-1) == 1
+        and all(stride > 0 and stride * tensor.dtype.itemsize % 16 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
+
+
+def operand(tensor: Tensor, block: list[int], tma: bool) -> Any:
+    """What a kernel loads tiles from: a descriptor that reads zeros outside the tensor, or the pointer."""
+    if not tma:
+        return tensor
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """float32 products are exact to float32 unless PyTorch's own are allowed not to be."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+class Product(NamedTuple):
+    """How a product is launched: its config, programs, and what its kernel is specialised on."""
+
+    config: GemmConfig
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+def product(problem: Problem, device: torch.device, config: Config | None = None) -> Product:
+    """One program for each tile, or, with a persistent config, as many as run at a time."""
+    config = choose(problem, device, config)
+    assert isinstance(config, GemmConfig)
+    tiles = blocks(problem.m, config.block_m) * blocks(problem.n, config.block_n)
+    if config.persistent and problem.kernel != "weight_gradient":
+        limits = configs.device_of(device)
+        tiles = min(tiles, limits.num_sms * configs.resident(config, problem, limits))
+    constants = {
+        "TMA": config.tma, "PRECISION": precision(problem.dtype), "SPLIT": config.split_epilogue,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    return Product(config, (tiles,), constants)
+
+
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
+    """The one place where kernels are launched; empty grids are not."""
+    if all(grid):
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last stride is 1."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def flat_rows(tokens: Tensor) -> Tensor | None:
+    """[T, L, width] as a matrix [T * L, width] over the same memory, if it is one."""
+    tiles, length, width = tokens.shape
+    if tiles > 1 and tokens.stride(0) != length * tokens.stride(1):
+        return None
+    return tokens.as_strided((tiles * length, width), (tokens.stride(1), 1))
+
+
+def blocks(count: int, size: int) -> int:
+    return triton.cdiv(count, size)
