@@ -77,15 +77,19 @@ def _pseudo(rng: Random, syllables: int) -> str:
 
 
 def word(rng: Random, split: str, longest: int = 12) -> str:
-    """A lower-case word of the split, of 3 to `longest` letters: from the list, or of random syllables."""
+    """A lower-case word of the split, of 3 to `longest` letters: from the list, or of random syllables.
+
+    In training one in five is of random letters: what cannot be guessed has to be read.
+    """
     while True:
-        if rng.random() < 0.3:
+        r = rng.random()
+        if r < 0.3:
             found = rng.choice(_BY_SPLIT[split])
+        elif r < 0.5 and split == "train":
+            found = "".join(rng.choice(_LETTERS) for _ in range(rng.randint(3, 7))).lower()
         else:
             found = _pseudo(rng, 1 if rng.random() < 0.3 else 2)
-            if split_of(found) != split:
-                continue
-        if 3 <= len(found) <= longest:
+        if split_of(found) == split and 3 <= len(found) <= longest:
             return found
 
 
