@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12   the interpreter that .venv is made with
 #   TORCH=auto|cpu|cuda the build of torch for a new .venv; auto looks for an NVIDIA driver
-#   ARGS="..."          further arguments of test, bench, demo and train-nano
+#   ARGS="..."          further arguments of test, bench, gpu, demo and train-nano
 
 PYTHON ?= python3
 TORCH ?= auto
@@ -10,7 +10,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format bench train-nano clean
+.PHONY: help setup demo test test-fast lint format bench gpu train-nano clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ format: setup ## rewrite sources in the project's format
 
 bench: setup ## run the benchmarks of bench/
 	$(RUN) -m bench.run $(ARGS)
+
+gpu: ## on a machine with an NVIDIA GPU: correctness, tuning, benchmarks, end to end (no set-up, no network)
+	@PYTHONPATH=. $(PYTHON) -m bench.gpu $(ARGS)
 
 train-nano: setup ## train fila-nano from nothing into runs/nano (hours on a CPU; goes on where it stopped)
 	for stage in vision text align tune; do $(RUN) -m fila.training.run $$stage --out runs/nano $(ARGS) || exit; done

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import measure, records, roofline
+from bench import measure, roofline
 from bench.baselines import rounded, sliced_resize, tapped_resize
 from bench.cases import SUITES, Case
+from bench.contest import Contest, Make
 from bench.crop_resize_baselines import grid_sample, roi_align, scattered_backward, torchvision_reason
 from bench.settings import Settings
-from bench.timing import Runner, interleaved, num_sets
+from bench.timing import num_sets
 from bench.variants import BACKENDS, absent
 from fila_kernels import crop_resize, reference
 
@@ -57,14 +58,6 @@ def backward_of(function: Function, arguments: tuple, grad: Tensor) -> Callable[
     return lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]
 
 
-def judge(found: Tensor, eager: Tensor, exact: Tensor) -> tuple[bool, float]:
-    """The tests' bound, and the error over eager's."""
-    error = float((found.double() - exact).abs().max().nan_to_num(nan=float("inf")))
-    rounding = torch.finfo(found.dtype).eps * float(exact.abs().max())
-    reached = float((eager.double() - exact).abs().max())
-    return error <= 2 * (reached + rounding), error / max(reached, rounding / 2, 1e-300)
-
-
 @pytest.mark.bench
 @pytest.mark.benchmark(timer=measure.own_time)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -73,27 +66,28 @@ def test_crop_resize(benchmark, case: Case, direction: str) -> None:
     device = SETTINGS.torch_device()
     if SETTINGS.time_is_up():
         pytest.skip("time is up")
-    here = records.environment(device) | {"operation": "crop_resize", "case": case.name, "direction": direction}
-    done = records.done(records.read(SETTINGS.output())) if SETTINGS.resume else set()
+    contest = Contest(SETTINGS, "crop_resize", case, direction)
     sets = [case.inputs(seed, device) for seed in range(num_sets(case.input_bytes(), device))]
     functions, notes = contestants(sets[0], device)
     if direction == "backward":
         functions["scattered"] = crop_resize
-    functions = {n: f for n, f in functions.items() if records.key(here | {"variant": n}) not in done}
-    if not set(functions) & set(backends(device)):
+    names = contest.pending(list(functions))
+    if not names:
         pytest.skip("measured before")
-
     arguments = [(i["features"], rounded(i["boxes"]), i["image_index"], case.grid) for i in sets]
     grads = [torch.randn(case.tiles, case.grid, case.grid, case.channels, device=device).to(a[0]) for a in arguments]
 
-    def call(name: str, index: int) -> Callable[[], Tensor]:
-        features, boxes, image_index, size = arguments[index]
-        if direction == "forward":
-            return lambda: functions[name](features, boxes, image_index, size)
-        if name == "scattered":
-            maps = tuple(features.shape[:3])
-            return lambda: scattered_backward(grads[index], boxes, image_index, maps)
-        return backward_of(functions[name], arguments[index], grads[index])
+    def way(name: str) -> Make:
+        def make(index: int) -> Callable[[], Tensor]:
+            features, boxes, image_index, size = arguments[index]
+            if direction == "forward":
+                return lambda: functions[name](features, boxes, image_index, size)
+            if name == "scattered":
+                maps = tuple(features.shape[:3])
+                return lambda: scattered_backward(grads[index], boxes, image_index, maps)
+            return backward_of(functions[name], arguments[index], grads[index])
+
+        return make
 
     def defined(dtype: torch.dtype) -> Tensor:
         features, *rest = arguments[0]
@@ -101,49 +95,8 @@ def test_crop_resize(benchmark, case: Case, direction: str) -> None:
             return reference.crop_resize(features.to(dtype), *rest)
         return backward_of(reference.crop_resize, (features.to(dtype), *rest), grads[0].to(dtype))()
 
-    exact, eager = defined(torch.float64), defined(arguments[0][0].dtype)
-    runners: dict[str, Runner] = {}
-    errors: dict[str, float] = {}
-    first: dict[str, float] = {}
-    red = []
-    for name in functions:
-        try:
-            one = call(name, 0)
-            first[name] = Runner([one], device).first_seconds
-            green, errors[name] = judge(one(), eager, exact)
-        except (RuntimeError, NotImplementedError) as error:
-            if name in backends(device):
-                raise
-            notes[name] = str(error).splitlines()[0][:200]
-            continue
-        if green:
-            calls = [call(name, index) for index in range(len(sets))]
-            runners[name] = Runner(calls, device, SETTINGS.now())
-        else:
-            notes[name] = f"red: error {errors[name]:.3g} times eager's"
-            red += [name] if name in backends(device) else []
-    del exact, eager
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    rounds = interleaved(runners)
-
-    def once() -> None:
-        for name, taken in rounds().items():
-            seconds[name].append(taken)
-        measure.own_time.seconds += seconds[next(name for name in backends(device) if name in seconds)][-1]
-
-    if not red:
-        benchmark.pedantic(once, rounds=SETTINGS.rounds, warmup_rounds=1)
-    roof = measure.roof_of(case.dtype, device)
+    results = defined(torch.float64), defined(arguments[0][0].dtype)
+    ways = {name: way(name) for name in names}
     work = roofline.crop_resize_work(case, direction)
-    for name in [*functions, *(name for name in notes if name not in functions)]:
-        times = seconds.get(name, [])
-        row = here | records.times_of(times[1:] or times)
-        row |= {
-            "variant": name, "clock": "events" if device.type == "cuda" else SETTINGS.clock,
-            "flops": work.flops, "bytes": work.bytes, "floor_flops": work.flops, "floor_bytes": work.bytes,
-            "roof_flops": f"{roof.flops:.5g}", "roof_bytes": f"{roof.bytes:.5g}", "note": notes.get(name, ""),
-            "error": f"{errors[name]:.4g}" if name in errors else "",
-            "first_call_ms": f"{first[name] * 1e3:.5g}" if name in first else "",
-        }  # fmt: skip
-        records.append(SETTINGS.output(), row)
+    red = contest.run(benchmark, ways, len(sets), backends(device), results, notes, work)
     assert not red, f"{case.name}, {direction}: differs from the definition, so nothing is timed: {', '.join(red)}"

@@ -26,7 +26,7 @@ COLUMNS = {
     "case": "raster, stage, dtype, then what differs from the usual: `b` images, `h` hidden width, `d` token width, "
     "`g` grid side, `p` prefix tokens, `v` views an image, `frozen` features",
     "direction": "`forward`, or `forward+backward` (all gradients, but the features' where they are frozen); "
-    "`backward` for `crop_resize` alone",
+    "`backward` for `crop_resize` alone; `fc1` and `fc2` for `gemm`",
     "variant": "what ran; the names are explained below",
     "rounds": "how many interleaved rounds",
     "p20_ms": "time of a call, 20th percentile of the rounds; empty where nothing was timed",
@@ -35,7 +35,7 @@ COLUMNS = {
     "flops": "of the definition's GEMMs, three times the forward pass's for both directions",
     "bytes": "least traffic of the forward pass, times three for both directions",
     "extra_memory_bytes": "peak of one call above what was there before",
-    "operation": "`cvfm`, `crop_resize`, `tower` or `tower-step`",
+    "operation": "`cvfm`, `crop_resize`, `gemm`, `tower` or `tower-step`",
     "triton": "version",
     "cuda": "version that torch was built with",
     "kept_bytes": "what autograd keeps from the forward for the backward pass, beside inputs and result",

@@ -18,7 +18,11 @@ from bench.settings import CLOCKS, Settings
 from bench.variants import REGISTRY, select
 
 FOLDER = Path(__file__).resolve().parent
-FILES = {"cvfm": ("bench_cvfm.py", "tuned_eager"), "crop_resize": ("bench_crop_resize.py", "sliced")}
+FILES = {
+    "cvfm": ("bench_cvfm.py", "tuned_eager"),
+    "crop_resize": ("bench_crop_resize.py", "sliced"),
+    "gemm": ("bench_gemm.py", "cublas"),
+}
 TIME_IS_UP = 75  # EX_TEMPFAIL: run again to go on
 Row = dict[str, str]
 
@@ -82,7 +86,8 @@ def table(rows: list[Row]) -> str:
     lines.append(f"{first['device']}, {clock}, torch {first['torch']}, commit {first['commit']}")
     meter = METERS["cpu" if first["clock"] in CLOCKS else "cuda"]
     lines.append(f"speed-up of medians; m: share of the baseline's extra memory ({meter})")
-    lines.append("f: share of the time that the floor on the measured roof would take")
+    if any(row["roof_flops"] for row in rows):
+        lines.append("f: share of the time that the floor on the measured roof would take")
     return "\n".join(lines)
 
 

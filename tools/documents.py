@@ -3,8 +3,8 @@
     python tools/documents.py           # rewrite what is between <!-- generated: NAME --> and <!-- end -->
     python tools/documents.py --check   # exit 1 where a document is out of date
 
-Sources: `fila/checkpoints/fila-nano/training/*.json` (held-out scores), `bench/results/cvfm_cpu.csv` (times), and the
-presets themselves (parameter counts).
+Sources: `fila/checkpoints/fila-nano/training/*.json` (held-out scores), `bench/results/*.csv` (times), the presets
+themselves (parameter counts), and the bench's own lists of columns, goals and sections.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/model.md", "docs/nano.md")
+sys.path.insert(0, str(ROOT))
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/model.md", "docs/nano.md")
 RECORD = ROOT / "fila/checkpoints/fila-nano/training"
 CPU = ROOT / "bench/results/cvfm_cpu.csv"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -119,7 +120,41 @@ def cpu() -> str:
     )
 
 
-GENERATORS: dict[str, Callable[[], str]] = {"nano": nano, "kinds": kinds, "cpu": cpu, "parameters": parameters}
+def columns() -> str:
+    """What the benchmarks' CSV holds."""
+    from bench.records import COLUMNS
+
+    return "| Column | Meaning |\n| --- | --- |\n" + "".join(f"| `{n}` | {what} |\n" for n, what in COLUMNS.items())
+
+
+def sections() -> str:
+    """What `make gpu` runs."""
+    from bench.gpu import SECTIONS
+
+    rows = [f"| `{s.name}` | {s.limit} s | {s.what} |\n" for s in SECTIONS]
+    return "| Section | At most | What |\n| --- | ---: | --- |\n" + "".join(rows)
+
+
+def goals() -> str:
+    """The goals on a GPU beside what the committed CSVs of GPUs say."""
+    from bench.goals import lines
+
+    files = [path for path in sorted(CPU.parent.glob("cvfm_*.csv")) if path != CPU]
+    if not files:
+        return table(["", "must", "aim", "measured"], lines([]))
+    parts = []
+    for path in files:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        where = f"{rows[0]['device']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}, commit {rows[0]['commit']}"
+        parts.append(f"{where}:\n\n{table(['', 'must', 'aim', 'measured'], lines(rows))}")
+    return "\n".join(parts)
+
+
+GENERATORS: dict[str, Callable[[], str]] = {
+    "nano": nano, "kinds": kinds, "cpu": cpu, "parameters": parameters, "columns": columns, "sections": sections,
+    "goals": goals,
+}  # fmt: skip
 
 
 def filled(text: str) -> str:
