@@ -265,7 +265,9 @@ def _single_pass(problem: Problem, device: Device) -> GemmConfig:
 def _interpreted(problem: Problem) -> Config:
     """Few large programs: the interpreter pays by the operation, not by the element."""
     if problem.kernel in GATHERS:
-        return GatherConfig(256, min(64, max(16, power_of_two(problem.n))), 16)
+        # Sums go one by one there, where a GPU adds in a tree: fewer rows, or float32 shows it.
+        rows = 32 if problem.kernel == "gate_backward" else 256
+        return GatherConfig(rows, min(64, max(16, power_of_two(problem.n))), 16)
     if problem.kernel == "single_pass":
         return GemmConfig(64, 64, 64, 8, 2)
     return GemmConfig(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fila_kernels.backends.triton.configs import Config, GatherConfig, Problem, power_of_two
 from fila_kernels.backends.triton.host import blocks, choose, run
-from fila_kernels.backends.triton.primitives import axis_tap, clamped_image, mix, upper_tap
+from fila_kernels.backends.triton.primitives import axis_tap, bilinear, clamped_image, sample_taps, upper_tap
 
 
 @triton.jit
@@ -41,14 +41,7 @@ def crop_resize_fwd_kernel(
     in_rows = row < num_tiles * samples
     tile = row // samples
     sample = row % samples
-    p_box = p_boxes + tile * 4
-    low_y = tl.load(p_box, mask=in_rows, other=0.0)
-    low_x = tl.load(p_box + 1, mask=in_rows, other=0.0)
-    high_y = tl.load(p_box + 2, mask=in_rows, other=1.0)
-    high_x = tl.load(p_box + 3, mask=in_rows, other=1.0)
-    top, weight_y = axis_tap(low_y, high_y, sample // size, size, height)
-    left, weight_x = axis_tap(low_x, high_x, sample % size, size, width)
-
+    top, weight_y, left, weight_x = sample_taps(p_boxes, tile, sample, in_rows, size, height, width)
     image = clamped_image(p_index, tile, images, in_rows)
     bottom = image * stride_b + upper_tap(top, weight_y).to(tl.int64) * stride_h
     top = image * stride_b + top.to(tl.int64) * stride_h
@@ -66,14 +59,7 @@ def crop_resize_fwd_kernel(
         p_map += channel[None, :] * stride_c
         top, bottom, left, right = top[:, None], bottom[:, None], left[:, None], right[:, None]
         weight_y, weight_x = weight_y[:, None], weight_x[:, None]
-    # Taps of weight zero are not read: on whole boxes an odd scale reads one cell a sample.
-    far_x = inside & (weight_x != 0.0)
-    far_y = inside & (weight_y != 0.0)
-    near_near = tl.load(p_map + (top + left), mask=inside, other=0.0).to(tl.float32)
-    near_far = tl.load(p_map + (top + right), mask=far_x, other=0.0).to(tl.float32)
-    far_near = tl.load(p_map + (bottom + left), mask=far_y, other=0.0).to(tl.float32)
-    far_far = tl.load(p_map + (bottom + right), mask=far_x & far_y, other=0.0).to(tl.float32)
-    value = mix(mix(near_near, near_far, weight_x), mix(far_near, far_far, weight_x), weight_y)
+    value = bilinear(p_map, top, bottom, left, right, weight_y, weight_x, inside)
     if CHANNELS_FIRST:
         value = tl.trans(value)
     p_rows = p_out + tile.to(tl.int64) * stride_out_t + sample.to(tl.int64) * stride_out_n

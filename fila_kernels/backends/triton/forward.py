@@ -4,6 +4,8 @@
     Z = X W1x' + R(P),     P = F W1s' + b1  the projection P [B, h, w, H] interpolated in the epilogue
     M = A W2' + b2,  out = X + gate(M)      fc2
 
+or, where a block of rows of the hidden activation stays on chip, in one kernel that writes nothing but the result.
+
 Products run over all T * L rows, since the patch tokens alone are not a matrix inside tokens [T, L, D]; S and A have
 the same rows, those of prefix tokens being of no account. The hidden activation Z and the branch M that a backward
 pass wants are written for the T * N samples only.
@@ -16,11 +18,13 @@ import triton.language as tl
 
 from fila_kernels.backends.triton.primitives import (
     add_product,
+    bilinear,
     clamped_image,
     gated,
     gelu,
     halves,
-    mix,
+    row_offsets,
+    sample_taps,
     token_rows,
     upper_tap,
 )
@@ -40,22 +44,15 @@ def interpolated(
     weight_y = tl.load(p_weights + tile * 2 * size + patch // size, mask=is_patch, other=0.0)
     weight_x = tl.load(p_weights + (tile * 2 + 1) * size + patch % size, mask=is_patch, other=0.0)
     image = clamped_image(p_index, tile, images, is_patch)
-    upper = (image * height + top) * width
-    lower = (image * height + upper_tap(top, weight_y)) * width
-    right = upper_tap(left, weight_x)
-    weight_y, weight_x = weight_y[:, None], weight_x[:, None]
+    upper = (image * height + top) * width * num_columns
+    lower = (image * height + upper_tap(top, weight_y)) * width * num_columns
+    right = upper_tap(left, weight_x) * num_columns
+    left = left * num_columns
     inside = is_patch[:, None] & (column < num_columns)[None, :]
-    far_x = inside & (weight_x != 0.0)
-    far_y = inside & (weight_y != 0.0)
-    p_columns = p_projected + column[None, :]
-    near_near = tl.load(p_columns + ((upper + left) * num_columns)[:, None], mask=inside, other=0.0).to(tl.float32)
-    near_far = tl.load(p_columns + ((upper + right) * num_columns)[:, None], mask=far_x, other=0.0).to(tl.float32)
-    near = mix(near_near, near_far, weight_x)
-    far_near = tl.load(p_columns + ((lower + left) * num_columns)[:, None], mask=far_y, other=0.0).to(tl.float32)
-    far_far = tl.load(
-        p_columns + ((lower + right) * num_columns)[:, None], mask=far_x & far_y, other=0.0
-    ).to(tl.float32)  # fmt: skip
-    return mix(near, mix(far_near, far_far, weight_x), weight_y)
+    return bilinear(
+        p_projected + column[None, :], upper[:, None], lower[:, None], left[:, None], right[:, None],
+        weight_y[:, None], weight_x[:, None], inside,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -155,7 +152,7 @@ def fc2_epilogue(
             tl.store(p_rows, branch.to(p_branch.dtype.element_ty), mask=is_patch[:, None] & in_columns[None, :])
         if WRITE_OUT:
             inside = (row < num_rows)[:, None] & in_columns[None, :]
-            offsets = (row // length).to(tl.int64) * stride_t + (row % length).to(tl.int64) * stride_l
+            offsets = row_offsets(row, length, stride_t, stride_l)
             x = tl.load(p_tokens + offsets[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
             fused = tl.where(is_patch[:, None], x + gated(branch, alpha, PRODUCT), x)
             p_rows = p_out + (row.to(tl.int64) * token_width)[:, None] + column[None, :]
@@ -188,4 +185,57 @@ def fc2_fwd_kernel(
         fc2_epilogue(
             acc, row, i_col, alpha, p_bias, p_tokens, p_out, p_branch, num_rows, length, prefix, token_width,
             stride_t, stride_l, PRODUCT, WRITE_OUT, SAVE_BRANCH, SPLIT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def single_pass_fwd_kernel(
+    p_tokens, p_features, p_boxes, p_index, p_w1, p_b1, p_w2, p_b2, p_alpha, p_out, p_hidden, p_branch,
+    num_rows, length, prefix, size, images, height, width, token_width, feature_width, hidden_width,
+    stride_t, stride_l, stride_b, stride_h, stride_w, stride_c, stride_w1, stride_w2,
+    PRODUCT: tl.constexpr, SAVE_HIDDEN: tl.constexpr, SAVE_BRANCH: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One block of flat rows from the map and the tokens to the result; a row block samples each channel once.
+
+    BLOCK_H holds the whole hidden width, so that Z is one accumulator and A one operand of the second product.
+    """
+    i_row = tl.program_id(0) * BLOCK_M
+    row = i_row + tl.arange(0, BLOCK_M)
+    hidden = tl.arange(0, BLOCK_H)
+    in_hidden = hidden < hidden_width
+    tile, patch, sample, is_patch = token_rows(row, num_rows, length, prefix)
+    acc = tl.zeros((BLOCK_M, BLOCK_H), dtype=tl.float32)
+    acc = add_product(
+        acc, p_tokens, p_w1, row, i_row, 0, num_rows, hidden_width, token_width, length, stride_t, stride_l, stride_w1,
+        True, False, PRECISION, BLOCK_M, BLOCK_H, BLOCK_K,
+    )  # fmt: skip
+    top, weight_y, left, weight_x = sample_taps(p_boxes, tile, patch, is_patch, size, height, width)
+    image = clamped_image(p_index, tile, images, is_patch) * stride_b
+    lower = (image + upper_tap(top, weight_y).to(tl.int64) * stride_h)[:, None]
+    upper = (image + top.to(tl.int64) * stride_h)[:, None]
+    right = (upper_tap(left, weight_x).to(tl.int64) * stride_w)[:, None]
+    left = (left.to(tl.int64) * stride_w)[:, None]
+    p_w1_s = p_w1 + token_width + hidden.to(tl.int64)[None, :] * stride_w1
+    for k in tl.range(0, feature_width, BLOCK_K):
+        channel = k + tl.arange(0, BLOCK_K)
+        in_channels = channel < feature_width
+        inside = is_patch[:, None] & in_channels[None, :]
+        p_channels = p_features + channel.to(tl.int64)[None, :] * stride_c
+        s = bilinear(p_channels, upper, lower, left, right, weight_y[:, None], weight_x[:, None], inside)
+        b_w1 = tl.load(p_w1_s + channel[:, None], mask=in_channels[:, None] & in_hidden[None, :], other=0.0)
+        acc = tl.dot(s.to(b_w1.dtype), b_w1, acc, input_precision=PRECISION)
+    z = acc + tl.load(p_b1 + hidden, mask=in_hidden, other=0.0).to(tl.float32)[None, :]
+    if SAVE_HIDDEN:
+        p_rows = p_hidden + (sample * hidden_width)[:, None] + hidden[None, :]
+        tl.store(p_rows, z.to(p_hidden.dtype.element_ty), mask=is_patch[:, None] & in_hidden[None, :])
+    activated = gelu(z).to(p_w2.dtype.element_ty)
+    alpha = tl.load(p_alpha).to(tl.float32)
+    for i_col in tl.range(0, token_width, BLOCK_N):
+        column = i_col + tl.arange(0, BLOCK_N)
+        p_columns = p_w2 + column.to(tl.int64)[None, :] * stride_w2 + hidden[:, None]
+        b_w2 = tl.load(p_columns, mask=in_hidden[:, None] & (column < token_width)[None, :], other=0.0)
+        fc2_epilogue(
+            tl.dot(activated, b_w2, input_precision=PRECISION), row, i_col, alpha, p_b2, p_tokens, p_out, p_branch,
+            num_rows, length, prefix, token_width, stride_t, stride_l, PRODUCT, True, SAVE_BRANCH, 1, BLOCK_M, BLOCK_N,
         )  # fmt: skip

@@ -68,6 +68,9 @@ def forward(call: Call, hidden: Tensor | None, branch: Tensor | None) -> Tensor:
     """The fused tokens; fills `hidden` [T * N, H] with Z and `branch` [T * N, D] with M where they are given."""
     out = _dense_like(call.tokens)
     with device_guard(call.tokens.device):
+        if call.plan.forward == "single_pass":
+            products.single_pass(call, out, hidden, branch)
+            return out
         activated = _flat(call, call.shape.hidden_width)
         _first_layer(call, hidden, activated)
         products.fc2(call, activated, out, branch)

@@ -53,6 +53,32 @@ def mix(near, far, weight):
 
 
 @triton.jit
+def bilinear(p, top, bottom, left, right, weight_y, weight_x, inside):
+    """Four taps at p + row + column, mixed in float32. Those of weight zero are not read: of a whole box at an odd
+    scale one cell a sample."""
+    far_x = inside & (weight_x != 0.0)
+    far_y = inside & (weight_y != 0.0)
+    near_near = tl.load(p + (top + left), mask=inside, other=0.0).to(tl.float32)
+    near_far = tl.load(p + (top + right), mask=far_x, other=0.0).to(tl.float32)
+    far_near = tl.load(p + (bottom + left), mask=far_y, other=0.0).to(tl.float32)
+    far_far = tl.load(p + (bottom + right), mask=far_x & far_y, other=0.0).to(tl.float32)
+    return mix(mix(near_near, near_far, weight_x), mix(far_near, far_far, weight_x), weight_y)
+
+
+@triton.jit
+def sample_taps(p_boxes, tile, sample, mask, size, height, width):
+    """Lower taps and weights along y and x of samples (numbered within their tiles) of the tiles' boxes."""
+    p_box = p_boxes + tile * 4
+    low_y = tl.load(p_box, mask=mask, other=0.0)
+    low_x = tl.load(p_box + 1, mask=mask, other=0.0)
+    high_y = tl.load(p_box + 2, mask=mask, other=1.0)
+    high_x = tl.load(p_box + 3, mask=mask, other=1.0)
+    top, weight_y = axis_tap(low_y, high_y, sample // size, size, height)
+    left, weight_x = axis_tap(low_x, high_x, sample % size, size, width)
+    return top, weight_y, left, weight_x
+
+
+@triton.jit
 def clamped_image(p_index, i_tile, images, mask):
     """The image of each tile, on the map whatever the index holds."""
     image = tl.load(p_index + i_tile, mask=mask, other=0)

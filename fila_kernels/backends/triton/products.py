@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fila_kernels.backends.eager import Call
 from fila_kernels.backends.triton import backward, forward
-from fila_kernels.backends.triton.configs import Config, GatherConfig, Problem, power_of_two
+from fila_kernels.backends.triton.configs import Config, GatherConfig, GemmConfig, Problem, power_of_two
 from fila_kernels.backends.triton.host import (
     aligned,
     blocks,
@@ -16,6 +16,7 @@ from fila_kernels.backends.triton.host import (
     dense_rows,
     flat_rows,
     operand,
+    precision,
     product,
     run,
 )
@@ -72,6 +73,31 @@ def fc2(
         tokens.stride(0), tokens.stride(1), weight.stride(0),
         PRODUCT=call.gate == "product", WRITE_OUT=out is not None, SAVE_BRANCH=branch is not None, IF_CLOSED=if_closed,
         **how.constants,
+    )  # fmt: skip
+
+
+def single_pass(
+    call: Call, out: Tensor, hidden: Tensor | None, branch: Tensor | None, config: Config | None = None
+) -> None:
+    """The fused tokens into `out` [T, L, D], Z into `hidden` [T * N, H], M into `branch` [T * N, D]."""
+    shape, tokens = call.shape, call.tokens
+    length = shape.prefix + shape.patches
+    rows = shape.tiles * length
+    w1, w2 = dense_rows(call.fc1_weight), dense_rows(call.fc2_weight)
+    problem = Problem("single_pass", rows, shape.hidden_width, shape.token_width, tokens.dtype)
+    config = choose(problem, tokens.device, config)
+    assert isinstance(config, GemmConfig)
+    run(
+        forward.single_pass_fwd_kernel, (blocks(rows, config.block_m),),
+        tokens, call.features, call.boxes.contiguous(), call.image_index.contiguous(),
+        w1, call.fc1_bias.contiguous(), w2, call.fc2_bias.contiguous(), call.alpha, out, hidden, branch,
+        rows, length, shape.prefix, shape.grid, shape.images, shape.height, shape.width,
+        shape.token_width, shape.feature_width, shape.hidden_width,
+        tokens.stride(0), tokens.stride(1), *call.features.stride(), w1.stride(0), w2.stride(0),
+        PRODUCT=call.gate == "product", SAVE_HIDDEN=hidden is not None, SAVE_BRANCH=branch is not None,
+        PRECISION=precision(tokens.dtype), BLOCK_H=max(16, power_of_two(shape.hidden_width)),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 

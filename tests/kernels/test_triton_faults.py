@@ -1,0 +1,87 @@
+"""The checks themselves: each planted fault, of a kind that kernels have had, must turn them red."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import test_triton_crop_resize
+import test_triton_cvfm
+import torch
+from cases import Case
+from interpreter import Guards, guards  # noqa: F401
+
+from fila_kernels.backends.triton import backward, crop_resize, forward
+
+CASE = Case("fault", tiles=2, images=1, prefix=2, boxes="overlapping")
+
+
+@pytest.fixture
+def planted(monkeypatch, tmp_path):
+    """Replaces a kernel's file by a copy with one expression changed."""
+
+    def plant(module, old: str, new: str) -> None:
+        source = Path(module.__file__).read_text()
+        assert old in source, f"{module.__name__} has no {old!r} any more"
+        path = tmp_path / "planted.py"
+        path.write_text(source.replace(old, new))
+        specification = importlib.util.spec_from_file_location("planted", path)
+        changed = importlib.util.module_from_spec(specification)
+        monkeypatch.setitem(sys.modules, "planted", changed)
+        specification.loader.exec_module(changed)
+        for name in vars(changed):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, getattr(changed, name))
+
+    return plant
+
+
+def test_nothing_planted(guards):  # noqa: F811
+    test_triton_crop_resize.check(CASE, torch.float32)
+    test_triton_cvfm.check(CASE, torch.float32, "product")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("mask=written)", "mask=written & (row != 3)[:, None])"),  # an unwritten row
+        ("upper_tap(left, weight_x).to(tl.int64) * stride_w", "(left + 0).to(tl.int64) * stride_w"),  # a wrong tap
+        ("tile.to(tl.int64) * stride_out_t +", "0 * stride_out_t +"),  # all tiles in one place
+        ("tl.where(is_lower, 1.0 - weight, weight)", "tl.where(is_lower, weight, 1.0 - weight)"),  # weights swapped
+        ("range(most_x)", "range(most_x - 1)"),  # a sample forgotten
+    ],
+)
+def test_crop_resize(planted, guards, old, new):  # noqa: F811
+    planted(crop_resize, old, new)
+    with pytest.raises(AssertionError, match="error"):
+        test_triton_crop_resize.check(CASE, torch.float32)
+    guards.storages.clear()  # a fault may have hit them too
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        (forward, "tl.store(p_rows, fused.to", "tl.store(p_rows + token_width, fused.to"),  # one row too far
+        (forward, "tl.where(is_patch[:, None], x + gated", "tl.where(row[:, None] >= 0, x + gated"),  # prefix fused
+        (backward, "acc * factor * gelu_slope(z)", "acc * factor"),  # no slope
+        (backward, "tl.where(alpha == 0.0, 0.0, alpha * slope)", "slope"),  # the chain rule cut short
+        (backward, "total = tl.where(is_patch, grad + acc, grad)", "total = acc"),  # the residual lost
+        (backward, "(i_split + 1) * each, steps)", "(i_split + 1) * each - 1, steps)"),  # a step of the sum forgotten
+    ],
+)
+def test_cvfm(planted, guards, module, old, new):  # noqa: F811
+    planted(module, old, new)
+    with pytest.raises(AssertionError, match="error"):
+        test_triton_cvfm.check(CASE, torch.float32, "product")
+    guards.storages.clear()
+
+
+def test_a_write_beyond_the_buffer(planted):
+    """The guards see what no comparison can."""
+    planted(crop_resize, "mask=written)", "mask=(sample >= 0)[:, None] & (channel < channels)[None, :])")
+    found = Guards()
+    inputs = CASE.inputs(torch.float32)
+    out = found.empty((2, 4, 6), torch.float32)  # two tiles of 2 x 2 samples
+    crop_resize.crop_resize_fwd(inputs["features"], inputs["boxes"], inputs["image_index"], 2, out)
+    with pytest.raises(AssertionError, match="wrote beyond its buffer"):
+        found.check()
