@@ -14,4 +14,10 @@ STABLE_TORCH_LIBRARY(fila, m) {
   m.def(
       "crop_resize_backward(Tensor grad, Tensor boxes, Tensor image_index, int images, int height, int width, *, "
       "bool check_values=True) -> Tensor");
+  // The fused forward pass; plan is "sample_first" or "project_first", gate "product" or "scale". Where they are given,
+  // hidden [T * N, H] takes fc1's result and branch [T * N, D] fc2's, for the backward pass.
+  m.def(
+      "cvfm_forward(Tensor tokens, Tensor features, Tensor boxes, Tensor image_index, Tensor fc1_weight, "
+      "Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor alpha, int num_prefix_tokens, str gate, str plan, "
+      "Tensor(a!)? hidden=None, Tensor(b!)? branch=None, *, bool check_values=True) -> Tensor");
 }

@@ -239,7 +239,7 @@ def explain(
     device = torch.device(device)
     name, why = dispatch.resolve(backend, plan, device, dtype, max(width, hidden_width or width))
     if name == "torch":
-        why += f"; crop and resize: {native.serves(dtype, torch.device(device))[1]}"
+        why += f"; forward pass, crop and resize: {native.serves(dtype, torch.device(device))[1]}"
     report = {"backend": {"choice": name, "why": why}}
     if name == "reference":
         return report | {d: {"choice": "reference", "why": "the definition has no plans"} for d in planner.DIRECTIONS}

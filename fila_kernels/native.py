@@ -13,7 +13,7 @@ LIBRARY = FOLDER / "libfila_kernels.so"
 
 
 # What this version calls; a library built from older sources lacks some of it.
-OPERATORS = ("crop_resize", "crop_resize_backward")
+OPERATORS = ("crop_resize", "crop_resize_backward", "cvfm_forward")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -33,17 +33,18 @@ def load() -> tuple[bool, str]:
         return False, f"{LIBRARY} was built from older sources and lacks {', '.join(missing)}; install again"
     torch.library.register_fake("fila::crop_resize", _crop_resize_fake)
     torch.library.register_fake("fila::crop_resize_backward", _crop_resize_backward_fake)
+    torch.library.register_fake("fila::cvfm_forward", _cvfm_forward_fake)
     return True, f"loaded {LIBRARY}"
 
 
 def serves(dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
     """Whether the compiled CPU operators take tensors of this kind, and why or why not."""
     if device.type != "cpu":
-        return False, f"PyTorch gathers: the compiled operators run on the CPU, not on {device.type}"
+        return False, f"PyTorch calls: the compiled operators run on the CPU, not on {device.type}"
     if dtype not in DTYPES:
-        return False, f"PyTorch gathers: the compiled operators take float32, bfloat16 and float64, not {dtype}"
+        return False, f"PyTorch calls: the compiled operators take float32, bfloat16 and float64, not {dtype}"
     loaded, reason = load()
-    return loaded, "compiled CPU operators" if loaded else f"PyTorch gathers: the native library is {reason}"
+    return loaded, "compiled CPU operators" if loaded else f"PyTorch calls: the native library is {reason}"
 
 
 def _crop_resize_fake(features, boxes, image_index, size, *, check_values=True):  # type: ignore[no-untyped-def]
@@ -52,3 +53,7 @@ def _crop_resize_fake(features, boxes, image_index, size, *, check_values=True):
 
 def _crop_resize_backward_fake(grad, boxes, image_index, images, height, width, *, check_values=True):  # type: ignore[no-untyped-def]
     return grad.new_empty(images, height, width, grad.shape[3])
+
+
+def _cvfm_forward_fake(tokens, *arguments, **settings):  # type: ignore[no-untyped-def]
+    return torch.empty_like(tokens, memory_format=torch.contiguous_format)

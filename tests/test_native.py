@@ -1,7 +1,11 @@
 """The compiled library of csrc/: its CPU kernel against the definition, what it refuses, and what it links to."""
 
+import os
+import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,12 +255,98 @@ def test_bad_input_of_the_backward_is_refused_by_name(change, message):
         torch.ops.fila.crop_resize_backward(**{**good, "images": 2, "height": 4, "width": 4, **change})
 
 
+def cvfm_arguments(**change):
+    arguments = {
+        "tokens": torch.zeros(1, 5, 6), "features": torch.zeros(2, 4, 4, 3), "boxes": GOOD["boxes"],
+        "image_index": GOOD["image_index"], "fc1_weight": torch.zeros(7, 9), "fc1_bias": torch.zeros(7),
+        "fc2_weight": torch.zeros(6, 7), "fc2_bias": torch.zeros(6), "alpha": torch.ones(1), "num_prefix_tokens": 1,
+        "gate": "product", "plan": "sample_first",
+    }  # fmt: skip
+    return {**arguments, **change}
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gate": "open"}, "gate 'product' or 'scale', got 'open'"),
+        ({"plan": "single_pass"}, "plan 'sample_first' or 'project_first', got 'single_pass'"),
+        ({"tokens": torch.zeros(5, 6)}, r"tokens of shape \[T, P \+ N, D\], got \[5, 6\]"),
+        ({"tokens": torch.zeros(1, 6, 6)}, "a square number of patch tokens, got .1, 6, 6. and 1"),
+        ({"num_prefix_tokens": -4}, "num_prefix_tokens of 0 or more"),
+        ({"tokens": torch.zeros(1, 6, 5).transpose(1, 2)}, "tokens with a last stride of 1, got 5"),
+        ({"tokens": torch.zeros(1, 5, 6).double()}, r"features of dtype Double .as tokens., got Float"),
+        ({"boxes": torch.zeros(2, 4)}, r"boxes of shape \[1, 4\] .as tokens., got \[2, 4\]"),
+        ({"fc1_weight": torch.zeros(7, 8)}, r"fc1_weight of shape \[H, D \+ C\] = \[7, 9\], got \[7, 8\]"),
+        ({"fc1_bias": torch.zeros(6)}, r"fc1_bias of shape \[H\] = \[7\], got \[6\]"),
+        ({"fc2_weight": torch.zeros(7, 6)}, r"fc2_weight of shape \[D, H\] = \[6, 7\], got \[7, 6\]"),
+        ({"fc2_bias": torch.zeros(6).double()}, "fc2_bias of dtype Float .as tokens., got Double"),
+        ({"alpha": torch.ones(())}, r"alpha of shape \[1\] = \[1\], got \[\]"),
+        ({"hidden": torch.zeros(4, 6)}, r"hidden of shape .T \* N, width. = \[4, 7\], got \[4, 6\]"),
+        ({"branch": torch.zeros(6, 4).t()}, "a contiguous branch"),
+        ({"image_index": torch.tensor([2])}, "image_index between 0 and 1, got 2 at tile 0"),
+    ],
+)
+def test_bad_input_of_the_fused_forward_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        torch.ops.fila.cvfm_forward(**cvfm_arguments(**change))
+
+
+@needs_library
+@pytest.mark.parametrize("plan", ["sample_first", "project_first"])
+@pytest.mark.parametrize("gate", ["product", "scale"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_fused_forward_keeps_what_the_backward_pass_needs_and_changes_no_bit(plan, gate, dtype):
+    """Tiles of 24 x 24 tokens in several blocks of rows; weights that are no dense matrices are taken too."""
+    tiles, width, channels, hidden_width = 5, 320, 48, 1024
+    wide = torch.randn(hidden_width, width + channels + 3).to(dtype) / 20
+    arguments = cvfm_arguments(
+        tokens=torch.randn(tiles, 577, width).to(dtype), features=torch.randn(2, 30, 40, channels).to(dtype),
+        boxes=torch.tensor([[0.0, 0.0, 24.0, 24.0], [3.5, 4.25, 29.0, 38.5]])[[0, 1, 1, 0, 1]],
+        image_index=torch.randint(2, (tiles,)), fc1_weight=wide[:, :-3], fc1_bias=torch.randn(hidden_width).to(dtype),
+        fc2_weight=torch.randn(width, hidden_width).to(dtype) / 30, fc2_bias=torch.randn(width).to(dtype),
+        alpha=torch.tensor([0.7], dtype=dtype), gate=gate, plan=plan,
+    )  # fmt: skip
+    hidden = torch.full((tiles * 576, hidden_width), float("nan"), dtype=dtype)
+    branch = torch.full((tiles * 576, width), float("nan"), dtype=dtype)
+    kept = torch.ops.fila.cvfm_forward(**arguments, hidden=hidden, branch=branch)
+    assert torch.equal(kept, torch.ops.fila.cvfm_forward(**arguments))
+    arguments["fc1_weight"] = arguments["fc1_weight"].contiguous()
+    named = {name: arguments[name] for name in list(arguments)[:9]}
+    exact = reference.cvfm(**{n: t.double() if t.is_floating_point() and n != "boxes" else t for n, t in named.items()},
+                           gate=gate)  # fmt: skip
+    eager = reference.cvfm(**named, gate=gate)
+    assert_as_good_as_eager(kept, exact, eager)
+    assert_as_good_as_eager(torch.ops.fila.cvfm_forward(**arguments), exact, eager)
+    torch.testing.assert_close(
+        branch, torch.nn.functional.linear(torch.nn.functional.gelu(hidden), named["fc2_weight"], named["fc2_bias"])
+    )
+
+
+@needs_library
+def test_ten_thousand_mutated_calls_are_refused_or_right():
+    """In a process of its own: a crash is a failure here, not the end of the tests."""
+    script = Path(__file__).resolve().parent / "fuzz_native.py"
+    root = script.parent.parent
+    done = subprocess.run(
+        [sys.executable, str(script), "10000", "0"], capture_output=True, text=True, check=False, cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
+    ran, refused = (int(word) for word in re.findall(r"\d+", done.stdout))
+    assert ran > 1000
+    assert refused > 1000
+
+
 @needs_library
 def test_opcheck():
     features, boxes, image_index = make_case(2, 6, 7, 4, torch.float32)
     torch.library.opcheck(torch.ops.fila.crop_resize.default, (features, boxes, image_index, 3))
     grad = torch.randn(2, 3, 3, 4)
     torch.library.opcheck(torch.ops.fila.crop_resize_backward.default, (grad, boxes, image_index, 3, 6, 7))
+    fused = tuple(cvfm_arguments().values())
+    torch.library.opcheck(torch.ops.fila.cvfm_forward.default, fused)
+    torch.library.opcheck(torch.ops.fila.cvfm_forward.default, (*fused, torch.empty(4, 7), torch.empty(4, 6)))
 
 
 @needs_library

@@ -38,7 +38,7 @@ template <typename Scalar>
 FILA_INLINE void blend_loop(const Scalar* a, const Scalar* b, const Scalar* c, const Scalar* d,
                             Blend<accumulate_t<Scalar>> blend, Scalar* out, int64_t channels) {
   for (int64_t i = 0; i < channels; ++i) {
-    out[i] = blend(a[i], b[i], c[i], d[i]);
+    store(blend(widen(a[i]), widen(b[i]), widen(c[i]), widen(d[i])), out + i);
   }
 }
 

@@ -41,25 +41,25 @@ FILA_INLINE void sum_loop(const Reader<Scalar>* readers, int64_t count, Scalar* 
   for (; channel + kBlock <= channels; channel += kBlock) {
     Real sum[kBlock];
     for (int64_t k = 0; k < kBlock; ++k) {
-      sum[k] = readers[0].weight * static_cast<Real>(readers[0].grad[channel + k]);
+      sum[k] = readers[0].weight * widen(readers[0].grad[channel + k]);
     }
     for (int64_t reader = 1; reader < count; ++reader) {
       const Scalar* grad = readers[reader].grad + channel;
       const Real weight = readers[reader].weight;
       for (int64_t k = 0; k < kBlock; ++k) {
-        sum[k] += weight * static_cast<Real>(grad[k]);
+        sum[k] += weight * widen(grad[k]);
       }
     }
     for (int64_t k = 0; k < kBlock; ++k) {
-      out[channel + k] = sum[k];
+      store(sum[k], out + channel + k);
     }
   }
   for (; channel < channels; ++channel) {
     Real sum = 0;
     for (int64_t reader = 0; reader < count; ++reader) {
-      sum += readers[reader].weight * static_cast<Real>(readers[reader].grad[channel]);
+      sum += readers[reader].weight * widen(readers[reader].grad[channel]);
     }
-    out[channel] = sum;
+    store(sum, out + channel);
   }
 }
 

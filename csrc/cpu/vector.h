@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute) && !defined(FILA_NO_CLONES)
 #if __has_attribute(target_clones)
@@ -33,5 +34,32 @@ struct Accumulate<double> {
 };
 template <typename Scalar>
 using accumulate_t = typename Accumulate<Scalar>::type;
+
+FILA_INLINE float widen(float value) {
+  return value;
+}
+FILA_INLINE double widen(double value) {
+  return value;
+}
+FILA_INLINE float widen(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+FILA_INLINE void store(float value, float* out) {
+  *out = value;
+}
+FILA_INLINE void store(double value, double* out) {
+  *out = value;
+}
+// To the nearest, ties to even, NaN quiet: in integers, because compilers vectorise those and not BFloat16's own.
+FILA_INLINE void store(float value, BFloat16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out->x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
 
 }  // namespace fila

@@ -196,6 +196,11 @@ class FirstLayer:
 def forward(call: Call, hidden: Tensor | None, branch: Tensor | None) -> Tensor:
     """The fused tokens; fills `hidden` [T * N, H] with Z and `branch` [T * N, D] with M where they are given."""
     tokens, shape = call.tokens, call.shape
+    if native.serves(tokens.dtype, tokens.device)[0]:
+        features = dense_channels(call.features)
+        return torch.ops.fila.cvfm_forward(
+            tokens, features, *call[2:9], shape.prefix, call.gate, call.plan.forward, hidden, branch, check_values=False
+        )
     out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
     closed = call.closed()
     if closed:

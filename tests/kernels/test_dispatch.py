@@ -103,13 +103,13 @@ def test_explain_names_every_direction():
     ("dtype", "device", "words"),
     [
         (torch.float32, "cpu", "compiled CPU operators"),
-        (torch.float16, "cpu", "PyTorch gathers: .* not torch.float16"),
-        (torch.float32, "cuda", "PyTorch gathers: .* not on cuda"),
+        (torch.float16, "cpu", "PyTorch calls: .* not torch.float16"),
+        (torch.float32, "cuda", "PyTorch calls: .* not on cuda"),
     ],
 )
 def test_explain_says_who_crops_and_resizes(dtype, device, words):
     if words.startswith("compiled") and not native.load()[0]:
-        words = "PyTorch gathers: the native library is not built"
+        words = "PyTorch calls: the native library is not built"
     why = explain((5, 577, 1024), (1, 24, 24, 1536), dtype=dtype, device=device, backend="torch")["backend"]["why"]
     assert re.search(f"crop and resize: {words}", why)
 

@@ -1,0 +1,174 @@
+"""Throws mutated arguments at the native operators: `python tests/fuzz_native.py COUNT SEED`.
+
+Every call must return a result of the right shape or raise ValueError (our refusal) or RuntimeError (torch's own, for
+what cannot be a call at all). Anything else is a failure, and a crash ends the process, so the tests run it in one of
+its own. Prints how many calls were refused and how many ran.
+"""
+
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fila_kernels import native
+
+NUMBERS = (0, 1, 2, 3, 5, -1, 7, 2**24, 2**31, 2**62, -(2**63), 2**63 - 1)
+VALUES = (float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e9, -7.0, 0.0, 1e-30)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int32, torch.int64, torch.bool)
+# Sizes of numbers that torch would have to allocate; refusing those is the allocator's business.
+LARGEST_RESULT = 2**26
+
+
+def other_tensor(chance: random.Random, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` with one thing changed: shape, stride, dtype, values."""
+    kind = chance.randrange(9)
+    dims = tensor.dim()
+    if kind == 0:
+        return tensor.to(chance.choice(DTYPES))
+    if kind == 1 and dims:
+        axis = chance.randrange(dims)
+        return tensor.narrow(axis, 0, chance.randrange(tensor.shape[axis] + 1))
+    if kind == 2 and dims:
+        return tensor.repeat_interleave(2, dim=chance.randrange(dims))
+    if kind == 3 and dims > 1:
+        return tensor.transpose(*chance.sample(range(dims), 2))
+    if kind == 4:
+        return tensor.unsqueeze(chance.randrange(dims + 1))
+    if kind == 5 and dims:
+        return tensor.select(chance.randrange(dims), 0) if 0 not in tensor.shape else tensor
+    if kind == 6 and dims:
+        axis = chance.randrange(dims)
+        return (
+            tensor.narrow(axis, 0, min(1, tensor.shape[axis])).expand(tensor.shape) if 0 not in tensor.shape else tensor
+        )
+    if kind == 7 and dims:
+        return torch.stack([tensor, tensor], dim=-1)[..., 0]
+    if tensor.numel() == 0:
+        return tensor
+    changed = tensor.clone().contiguous()
+    flat = changed.view(-1)
+    for _ in range(chance.randrange(1, 4)):
+        value = chance.choice(VALUES) if tensor.is_floating_point() else chance.choice(NUMBERS)
+        try:
+            flat[chance.randrange(len(flat))] = value
+        except (RuntimeError, OverflowError):
+            return tensor  # a number that the dtype cannot hold
+    return changed
+
+
+def good_arguments(chance: random.Random, name: str) -> dict[str, Any]:
+    dtype = chance.choice(DTYPES[:3])
+    tiles, grid, images, prefix = (
+        chance.randrange(4),
+        chance.randrange(1, 4),
+        chance.randrange(1, 4),
+        chance.randrange(3),
+    )
+    height, width, channels = chance.randrange(1, 9), chance.randrange(1, 9), chance.randrange(1, 70)
+    token_width, hidden_width = chance.randrange(1, 20), chance.randrange(1, 20)
+    low = torch.rand(tiles, 2) * 4 - 1
+    sampling = {
+        "boxes": torch.cat([low, low + torch.rand(tiles, 2) * 6], dim=1),
+        "image_index": torch.randint(images, (tiles,), dtype=chance.choice((torch.int32, torch.int64))),
+    }
+    features = torch.randn(images, height, width, channels).to(dtype)
+    check = {"check_values": chance.random() < 0.7}
+    if name == "crop_resize":
+        return {"features": features, **sampling, "size": grid, **check}
+    if name == "crop_resize_backward":
+        grad = torch.randn(tiles, grid, grid, channels).to(dtype)
+        return {"grad": grad, **sampling, "images": images, "height": height, "width": width, **check}
+    rows = tiles * grid * grid
+    saved = {}
+    if chance.random() < 0.5:
+        saved = {
+            "hidden": torch.empty(rows, hidden_width, dtype=dtype),
+            "branch": torch.empty(rows, token_width, dtype=dtype),
+        }
+    return {
+        "tokens": torch.randn(tiles, prefix + grid * grid, token_width).to(dtype),
+        "features": features,
+        **sampling,
+        "fc1_weight": torch.randn(hidden_width, token_width + channels).to(dtype),
+        "fc1_bias": torch.randn(hidden_width).to(dtype),
+        "fc2_weight": torch.randn(token_width, hidden_width).to(dtype),
+        "fc2_bias": torch.randn(token_width).to(dtype),
+        "alpha": torch.tensor([chance.choice((0.0, 0.5, -1.0))], dtype=dtype),
+        "num_prefix_tokens": prefix,
+        "gate": chance.choice(("product", "scale")),
+        "plan": chance.choice(("sample_first", "project_first")),
+        **saved,
+        **check,
+    }  # fmt: skip
+
+
+def mutate(chance: random.Random, arguments: dict[str, Any]) -> None:
+    for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
+        name = chance.choice(list(arguments))
+        value = arguments[name]
+        if isinstance(value, torch.Tensor):
+            arguments[name] = other_tensor(chance, value)
+        elif isinstance(value, bool):
+            arguments[name] = not value
+        elif isinstance(value, int):
+            arguments[name] = chance.choice(NUMBERS)
+        else:
+            arguments[name] = chance.choice(("", "product", "sample_first", "single_pass", "x" * 1000))
+
+
+def expected_shape(name: str, arguments: dict[str, Any]) -> tuple[int, ...]:
+    if name == "crop_resize":
+        size = arguments["size"]
+        return arguments["boxes"].shape[0], size, size, arguments["features"].shape[3]
+    if name == "crop_resize_backward":
+        return *(arguments[key] for key in ("images", "height", "width")), arguments["grad"].shape[3]
+    return tuple(arguments["tokens"].shape)
+
+
+def too_large(name: str, arguments: dict[str, Any]) -> bool:
+    """A result that is right to ask for but wrong to allocate in a test."""
+    try:
+        shape = expected_shape(name, arguments)
+    except (IndexError, AttributeError):
+        return False
+    product = 1
+    for size in shape:
+        product *= size
+    return LARGEST_RESULT < product < 2**60 and all(0 <= size <= 2**24 for size in shape)
+
+
+def main() -> int:
+    count, seed = int(sys.argv[1]), int(sys.argv[2])
+    loaded, reason = native.load()
+    if not loaded:
+        print(f"native library {reason}")
+        return 2
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    ran = refused = 0
+    for number in range(count):
+        name = chance.choice(native.OPERATORS)
+        arguments = good_arguments(chance, name)
+        mutate(chance, arguments)
+        if too_large(name, arguments):
+            continue
+        operator: Callable[..., torch.Tensor] = getattr(torch.ops.fila, name)
+        try:
+            result = operator(**arguments)
+        except (ValueError, RuntimeError) as error:
+            refused += 1
+            if not str(error).strip():
+                raise AssertionError(f"call {number}: {name} refused without a word") from error
+            continue
+        ran += 1
+        assert tuple(result.shape) == expected_shape(name, arguments), f"call {number}: {name} gave {result.shape}"
+        assert result.is_contiguous(), f"call {number}: {name} gave strides {result.stride()}"
+    print(f"{ran} ran, {refused} refused")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
