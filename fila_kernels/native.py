@@ -13,7 +13,7 @@ LIBRARY = FOLDER / "libfila_kernels.so"
 
 
 # What this version calls; a library built from older sources lacks some of it.
-OPERATORS = ("crop_resize", "crop_resize_backward", "cvfm_forward")
+OPERATORS = ("crop_resize", "crop_resize_backward", "cvfm_forward", "gate_backward")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -34,6 +34,7 @@ def load() -> tuple[bool, str]:
     torch.library.register_fake("fila::crop_resize", _crop_resize_fake)
     torch.library.register_fake("fila::crop_resize_backward", _crop_resize_backward_fake)
     torch.library.register_fake("fila::cvfm_forward", _cvfm_forward_fake)
+    torch.library.register_fake("fila::gate_backward", _gate_backward_fake)
     return True, f"loaded {LIBRARY}"
 
 
@@ -57,3 +58,7 @@ def _crop_resize_backward_fake(grad, boxes, image_index, images, height, width, 
 
 def _cvfm_forward_fake(tokens, *arguments, **settings):  # type: ignore[no-untyped-def]
     return torch.empty_like(tokens, memory_format=torch.contiguous_format)
+
+
+def _gate_backward_fake(grad, branch, alpha, out):  # type: ignore[no-untyped-def]
+    return grad.new_empty(1, dtype=torch.float64)

@@ -81,6 +81,9 @@ def good_arguments(chance: random.Random, name: str) -> dict[str, Any]:
         grad = torch.randn(tiles, grid, grid, channels).to(dtype)
         return {"grad": grad, **sampling, "images": images, "height": height, "width": width, **check}
     rows = tiles * grid * grid
+    if name == "gate_backward":
+        matrices = {key: torch.randn(rows, token_width).to(dtype) for key in ("grad", "branch", "out")}
+        return {**matrices, "alpha": torch.tensor([0.5], dtype=dtype)}
     saved = {}
     if chance.random() < 0.5:
         saved = {
@@ -124,7 +127,7 @@ def expected_shape(name: str, arguments: dict[str, Any]) -> tuple[int, ...]:
         return arguments["boxes"].shape[0], size, size, arguments["features"].shape[3]
     if name == "crop_resize_backward":
         return *(arguments[key] for key in ("images", "height", "width")), arguments["grad"].shape[3]
-    return tuple(arguments["tokens"].shape)
+    return (1,) if name == "gate_backward" else tuple(arguments["tokens"].shape)
 
 
 def too_large(name: str, arguments: dict[str, Any]) -> bool:

@@ -324,6 +324,46 @@ def test_fused_forward_keeps_what_the_backward_pass_needs_and_changes_no_bit(pla
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_gate_backward_is_the_derivative_of_the_gate(dtype, scale):
+    m, grad = (torch.randn(37, 150) * scale).to(dtype), torch.randn(37, 155).to(dtype)[:, 3:-2]
+    alpha = torch.tensor([0.7], dtype=dtype)
+
+    def derivative(kind):
+        leaves = m.to(kind).requires_grad_(), alpha.to(kind).requires_grad_()
+        return torch.autograd.grad((leaves[0] * leaves[1]).tanh(), leaves, grad.to(kind))
+
+    out = torch.full_like(m, float("nan"))
+    total = torch.ops.fila.gate_backward(grad, m, alpha, out)
+    exact, eager = derivative(torch.float64), derivative(dtype)
+    assert_as_good_as_eager(out, exact[0], eager[0])
+    # One sum, which may cancel: held to the size of its terms.
+    terms = (1 - torch.tanh(alpha.double() * m.double()) ** 2) * grad.double() * m.double()
+    eps = max(torch.finfo(dtype).eps, 1e-12) if dtype == torch.float64 else torch.finfo(torch.float32).eps
+    assert abs(total.item() - exact[1].item()) <= 8 * eps * terms.norm()
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad": torch.zeros(4)}, r"grad of shape \[rows, D\], got \[4\]"),
+        ({"grad": torch.zeros(4, 3).half()}, "dtype float32, bfloat16 or float64, got Half"),
+        ({"branch": torch.zeros(4, 2)}, r"branch of shape \[4, 3\] .as grad., got \[4, 2\]"),
+        ({"out": torch.zeros(4, 3).double()}, "out of dtype Float .as grad., got Double"),
+        ({"out": torch.zeros(4, 6)[:, :3]}, "a contiguous out"),
+        ({"branch": torch.zeros(3, 4).t()}, "branch with a last stride of 1, got 4"),
+        ({"alpha": torch.zeros(2)}, r"alpha of shape \[1\], got \[2\]"),
+    ],
+)
+def test_bad_input_of_the_gate_is_refused_by_name(change, message):
+    good = {"grad": torch.zeros(4, 3), "branch": torch.zeros(4, 3), "alpha": torch.ones(1), "out": torch.zeros(4, 3)}
+    with pytest.raises(ValueError, match=message):
+        torch.ops.fila.gate_backward(**{**good, **change})
+
+
+@needs_library
 def test_ten_thousand_mutated_calls_are_refused_or_right():
     """In a process of its own: a crash is a failure here, not the end of the tests."""
     script = Path(__file__).resolve().parent / "fuzz_native.py"
@@ -344,6 +384,8 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fila.crop_resize.default, (features, boxes, image_index, 3))
     grad = torch.randn(2, 3, 3, 4)
     torch.library.opcheck(torch.ops.fila.crop_resize_backward.default, (grad, boxes, image_index, 3, 6, 7))
+    gate = (torch.randn(4, 3), torch.randn(4, 3), torch.ones(1), torch.empty(4, 3))
+    torch.library.opcheck(torch.ops.fila.gate_backward.default, gate)
     fused = tuple(cvfm_arguments().values())
     torch.library.opcheck(torch.ops.fila.cvfm_forward.default, fused)
     torch.library.opcheck(torch.ops.fila.cvfm_forward.default, (*fused, torch.empty(4, 7), torch.empty(4, 6)))
