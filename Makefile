@@ -10,10 +10,10 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format bench gpu train-nano clean
+.PHONY: help setup demo test test-fast test-transformers lint format bench gpu train-nano clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with everything pinned (a no-op when it is up to date)
 	@TORCH="$(TORCH)" $(PYTHON) tools/environment.py
@@ -26,6 +26,9 @@ test: setup ## run every test
 
 test-fast: setup ## run the tests that take no more than some ten seconds each
 	$(RUN) -m pytest tests -m "not slow" $(ARGS)
+
+test-transformers: setup ## run the model's tests on the oldest supported transformers and the newest
+	$(RUN) tools/transformers_versions.py $(ARGS)
 
 lint: setup ## formatting, lint and types
 	$(RUN) -m ruff format --check .

@@ -185,9 +185,13 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _load_config(name: str, source: str, options: dict[str, Any]) -> FilaConfig:
+    local = Path(source) / "config.json"
     try:
-        found, _ = PreTrainedConfig.get_config_dict(source, **options)
-    except Exception as error:  # transformers takes for granted that it holds an object
+        # Not all versions of transformers look whether it holds an object.
+        found = json.loads(local.read_text()) if local.is_file() else {}
+        if isinstance(found, dict):
+            found, _ = PreTrainedConfig.get_config_dict(source, **options)
+    except Exception as error:
         raise CheckpointError(f"checkpoint {name}: config.json cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"checkpoint {name}: config.json: expected an object, got {type(found).__name__}")

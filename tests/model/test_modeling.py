@@ -46,6 +46,21 @@ def test_one_batch_of_all_canvases_and_a_question_without_a_picture(nano, nano_p
 
 
 @torch.no_grad()
+def test_a_picture_is_encoded_once_a_generation(nano, nano_processor):
+    """Before the first token; every version of transformers drops or keeps the image tensors in its own way."""
+    one = picture(128, 256, 0)
+    inputs = nano_processor(images=one, text=ask(nano_processor, [one])[0], return_tensors="pt")
+    calls = []
+    handle = nano.model.vision_tower.register_forward_hook(lambda module, args, out: calls.append(len(args)))
+    try:
+        out = nano.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    finally:
+        handle.remove()
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 4
+    assert len(calls) == 1
+
+
+@torch.no_grad()
 def test_the_image_token_is_never_generated(nano, nano_processor):
     inputs = nano_processor(
         images=picture(128, 256, 0), text=ask(nano_processor, [picture(128, 256, 0)])[0], return_tensors="pt"
