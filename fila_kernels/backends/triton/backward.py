@@ -163,35 +163,39 @@ def hidden_grad_kernel(
 @triton.jit
 def input_epilogue(
     acc, row, i_col, is_token, closed, p_grad, p_tokens_grad, p_sampled_grad, num_rows, length, prefix,
-    token_width, feature_width, stride_t, stride_l, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    token_width, feature_width, stride_t, stride_l,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     if SPLIT > 1:
         left, right = halves(acc, BLOCK_M, BLOCK_N)
         input_epilogue(
             left, row, i_col, is_token, closed, p_grad, p_tokens_grad, p_sampled_grad, num_rows, length, prefix,
-            token_width, feature_width, stride_t, stride_l, SPLIT // 2, BLOCK_M, BLOCK_N // 2,
+            token_width, feature_width, stride_t, stride_l, TOKENS, FEATURES, SPLIT // 2, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         input_epilogue(
             right, row, i_col + BLOCK_N // 2, is_token, closed, p_grad, p_tokens_grad, p_sampled_grad, num_rows, length,
-            prefix, token_width, feature_width, stride_t, stride_l, SPLIT // 2, BLOCK_M, BLOCK_N // 2,
+            prefix, token_width, feature_width, stride_t, stride_l, TOKENS, FEATURES, SPLIT // 2, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
     else:
         column = i_col + tl.arange(0, BLOCK_N)
         in_rows = (row < num_rows)[:, None]
         flat = row.to(tl.int64)
         acc = tl.where(closed, 0.0, acc)
-        if is_token:
-            inside = in_rows & (column < token_width)[None, :]
-            p_rows = p_grad + row_offsets(row, length, stride_t, stride_l)[:, None] + column[None, :]
-            grad = tl.load(p_rows, mask=inside, other=0.0).to(tl.float32)
-            is_patch = (row % length >= prefix)[:, None]
-            total = tl.where(is_patch, grad + acc, grad)
-            p_rows = p_tokens_grad + (flat * token_width)[:, None] + column[None, :]
-            tl.store(p_rows, total.to(p_tokens_grad.dtype.element_ty), mask=inside)
-        else:
-            p_rows = p_sampled_grad + (flat * feature_width)[:, None] + column[None, :]
-            inside = in_rows & (column < feature_width)[None, :]
-            tl.store(p_rows, acc.to(p_sampled_grad.dtype.element_ty), mask=inside)
+        # What is known at compile time first: beneath it stand pointers that need not be there.
+        if TOKENS:  # noqa: SIM102
+            if is_token:
+                inside = in_rows & (column < token_width)[None, :]
+                p_rows = p_grad + row_offsets(row, length, stride_t, stride_l)[:, None] + column[None, :]
+                grad = tl.load(p_rows, mask=inside, other=0.0).to(tl.float32)
+                is_patch = (row % length >= prefix)[:, None]
+                total = tl.where(is_patch, grad + acc, grad)
+                p_rows = p_tokens_grad + (flat * token_width)[:, None] + column[None, :]
+                tl.store(p_rows, total.to(p_tokens_grad.dtype.element_ty), mask=inside)
+        if FEATURES:  # noqa: SIM102
+            if not is_token:
+                p_rows = p_sampled_grad + (flat * feature_width)[:, None] + column[None, :]
+                inside = in_rows & (column < feature_width)[None, :]
+                tl.store(p_rows, acc.to(p_sampled_grad.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -219,7 +223,7 @@ def input_grad_kernel(
         )  # fmt: skip
         input_epilogue(
             acc, row, i_col, is_token, closed, p_grad, p_tokens_grad, p_sampled_grad, num_rows, length, prefix,
-            token_width, feature_width, stride_t, stride_l, SPLIT, BLOCK_M, BLOCK_N,
+            token_width, feature_width, stride_t, stride_l, TOKENS, FEATURES, SPLIT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def supports(config: Config, problem: Problem, device: Device) -> bool:
     if not all(_is_power_of_two(size) for size in (*sizes, config.num_warps)) or not 1 <= config.num_warps <= 16:
         return False
     if isinstance(config, GatherConfig):
-        # 128 float32 values a thread, and a grid within bounds.
+        # 128 float32 values a thread.
         return problem.kernel in GATHERS and config.block_rows * config.block_columns <= 128 * 32 * config.num_warps
     if problem.kernel in GATHERS or min(sizes) < 16 or config.num_stages < 1:
         return False
@@ -156,6 +156,12 @@ def supports(config: Config, problem: Problem, device: Device) -> bool:
     columns = power_of_two(problem.n) if wide else config.block_n
     if config.block_m * columns > 128 * 32 * config.num_warps:
         return False
+    if wide and columns > 256 and problem.dtype != torch.float32 and device != INTERPRETER:
+        # Found by compiling: what does not spill beside an accumulator as wide as this.
+        if device.capability[0] == 8 and config.block_m * columns > 64 * 32 * config.num_warps:
+            return False
+        if device.capability[0] == 9 and config.num_stages > 1:
+            return False
     return shared_memory(config, problem) <= device.shared_memory
 
 
@@ -198,7 +204,7 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
             for m in (64, 32, 128)
             for k in (32, 64)
             for warps in (8, 4)
-            for stages in (2, 3)
+            for stages in (2, 1, 3)
         ]
     else:
         found = list(_gemm_tiles(problem, device))
@@ -256,10 +262,14 @@ def _splits(config: GemmConfig, problem: Problem, device: Device) -> int:
 
 
 def _single_pass(problem: Problem, device: Device) -> GemmConfig:
-    rows = 64 if problem.dtype != torch.float32 else 16
-    while rows > 16 and not supports(GemmConfig(rows, 64, 32, 8, 2), problem, device):
-        rows //= 2
-    return GemmConfig(rows, 64 if problem.dtype != torch.float32 else 16, 32, 8, 2)
+    """The first that can run, larger blocks of rows before smaller ones, a pipeline before none."""
+    low = problem.dtype != torch.float32
+    tries = [
+        GemmConfig(rows, 64 if low else 16, 32, 8, stages)
+        for rows in ((64, 32, 16) if low else (16,))
+        for stages in (2, 1)
+    ]
+    return next((config for config in tries if supports(config, problem, device)), tries[-1])
 
 
 def _interpreted(problem: Problem) -> Config:

@@ -205,17 +205,20 @@ def single_pass_fwd_kernel(
     hidden = tl.arange(0, BLOCK_H)
     in_hidden = hidden < hidden_width
     tile, patch, sample, is_patch = token_rows(row, num_rows, length, prefix)
-    acc = tl.zeros((BLOCK_M, BLOCK_H), dtype=tl.float32)
-    acc = add_product(
-        acc, p_tokens, p_w1, row, i_row, 0, num_rows, hidden_width, token_width, length, stride_t, stride_l, stride_w1,
-        True, False, PRECISION, BLOCK_M, BLOCK_H, BLOCK_K,
-    )  # fmt: skip
+    # Before the accumulator is there: a division in double precision is a call, around which registers are kept.
     top, weight_y, left, weight_x = sample_taps(p_boxes, tile, patch, is_patch, size, height, width)
     image = clamped_image(p_index, tile, images, is_patch) * stride_b
     lower = (image + upper_tap(top, weight_y).to(tl.int64) * stride_h)[:, None]
     upper = (image + top.to(tl.int64) * stride_h)[:, None]
     right = (upper_tap(left, weight_x).to(tl.int64) * stride_w)[:, None]
     left = (left.to(tl.int64) * stride_w)[:, None]
+    # Begun with the bias, which beside a full accumulator would not fit into registers.
+    bias = tl.load(p_b1 + hidden, mask=in_hidden, other=0.0).to(tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_H), dtype=tl.float32) + bias[None, :]
+    acc = add_product(
+        acc, p_tokens, p_w1, row, i_row, 0, num_rows, hidden_width, token_width, length, stride_t, stride_l, stride_w1,
+        True, False, PRECISION, BLOCK_M, BLOCK_H, BLOCK_K,
+    )  # fmt: skip
     p_w1_s = p_w1 + token_width + hidden.to(tl.int64)[None, :] * stride_w1
     for k in tl.range(0, feature_width, BLOCK_K):
         channel = k + tl.arange(0, BLOCK_K)
@@ -225,11 +228,10 @@ def single_pass_fwd_kernel(
         s = bilinear(p_channels, upper, lower, left, right, weight_y[:, None], weight_x[:, None], inside)
         b_w1 = tl.load(p_w1_s + channel[:, None], mask=in_channels[:, None] & in_hidden[None, :], other=0.0)
         acc = tl.dot(s.to(b_w1.dtype), b_w1, acc, input_precision=PRECISION)
-    z = acc + tl.load(p_b1 + hidden, mask=in_hidden, other=0.0).to(tl.float32)[None, :]
     if SAVE_HIDDEN:
         p_rows = p_hidden + (sample * hidden_width)[:, None] + hidden[None, :]
-        tl.store(p_rows, z.to(p_hidden.dtype.element_ty), mask=is_patch[:, None] & in_hidden[None, :])
-    activated = gelu(z).to(p_w2.dtype.element_ty)
+        tl.store(p_rows, acc.to(p_hidden.dtype.element_ty), mask=is_patch[:, None] & in_hidden[None, :])
+    activated = gelu(acc).to(p_w2.dtype.element_ty)
     alpha = tl.load(p_alpha).to(tl.float32)
     for i_col in tl.range(0, token_width, BLOCK_N):
         column = i_col + tl.arange(0, BLOCK_N)
