@@ -1,0 +1,130 @@
+"""The kernels compiled ahead of time for architectures that are not here: limits, registers, and instructions.
+
+`make test` compiles the default configs, `make test-aot` everything that the tuner would try. What a kernel computes is
+the interpreter's to show; here a compiler that gave up shows, or one that took another road than the one meant.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fila_kernels.backends.triton import configs, host, products
+from tools import compiled_kernels
+from tools.compiled_kernels import ARCHITECTURES, compile_defaults, compiling, example, faults
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_default_configs(arch, capfd):
+    kernels = compile_defaults(arch, others=arch == 90)
+    assert [fault for kernel in kernels for fault in faults(kernel)] == []
+    names = {kernel.name for kernel in kernels}
+    products_names = {
+        "fc1_fwd", "fc1_fwd (projected)", "fc2_fwd", "single_pass_fwd", "hidden_grad", "input_grad", "weight_grad",
+    }  # fmt: skip
+    assert products_names <= names
+    if arch == 90:
+        others = {"crop_resize_fwd", "crop_tables", "crop_resize_bwd", "gate_bwd", "gelu", "reduce"}
+        assert others <= names
+        assert all(kernel.count("LDG.E.128") for kernel in kernels if kernel.name == "crop_resize_fwd")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_float32_is_ieee_and_tf32_is_found(planted, monkeypatch):
+    if planted:
+        monkeypatch.setattr(host, "precision", lambda dtype: "tf32")
+    call = example(torch.float32, 64, 32, tiles=1)
+    found = []
+    with compiling(80, found):
+        products.fc2(call, torch.empty(1, 577, 64), torch.empty_like(call.tokens), None)
+    assert ("tf32" in found[0].ptx) == planted
+    assert bool(faults(found[0])) == planted
+
+
+def test_tf32_only_where_pytorch_allows_it():
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        for allowed, expected in (("ieee", "ieee"), ("tf32", "tf32")):
+            settings.fp32_precision = allowed
+            assert host.precision(torch.float32) == expected
+            assert host.precision(torch.bfloat16) == "ieee"
+    finally:
+        settings.fp32_precision = before
+
+
+@triton.jit
+def _trapped_kernel(p_out, STORES: tl.constexpr):
+    if STORES:
+        tl.store(p_out, 1.0)
+    tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@pytest.mark.parametrize("stores", [False, True])
+def test_a_kernel_that_only_traps_is_found(stores):
+    found = []
+    with compiling(90, found):
+        host.run(_trapped_kernel, (1,), torch.empty(1), STORES=stores, num_warps=1, num_stages=1)
+    reported = " ".join(faults(found[0]))
+    assert found[0].count("BPT.TRAP") > 0
+    assert ("a trap in place of the body" in reported and "nothing is stored" in reported) is not stores
+
+
+def test_each_limit_is_looked_at():
+    good = compiled_kernels.Kernel(
+        "fc2_fwd", 90, torch.bfloat16, configs.GemmConfig(128, 128, 64, 8, 4, tma=True), 8, 1000, 0, 100
+    )
+    good.instructions.update({"HGMMA.64x128": 4, "UTMALDG.2D": 4, "STG.E.128": 4})
+    assert faults(good) == []
+    assert "shared memory" in faults(replace(good, shared=300_000))[0]
+    assert "tensor memory" in faults(replace(good, tensor_memory=1024))[0]
+    for missing, word in (
+        ("HGMMA.64x128", "no HGMMA"),
+        ("UTMALDG.2D", "no UTMALDG"),
+        ("STG.E.128", "nothing is stored"),
+    ):
+        fewer = good.instructions.copy()
+        del fewer[missing]
+        assert word in faults(replace(good, instructions=fewer))[0]
+    assert "spill" in faults(replace(good, instructions=good.instructions + type(good.instructions)({"STL": 2})))[0]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_default_and_candidate_is_supported(arch, dtype):
+    device = configs.ARCHITECTURES[arch]
+    for kernel in configs.KERNELS:
+        for sizes in ((2885, 1024, 1216), (92_320, 1024, 2560), (25, 7, 13), (64, 512, 512)):
+            for aligned in (True, False):
+                problem = configs.Problem(kernel, *sizes, dtype, aligned)
+                if kernel == "single_pass" and max(sizes[1:]) > configs.SINGLE_PASS_WIDTH:
+                    continue
+                found = configs.candidates(problem, device)
+                assert all(configs.supports(config, problem, device) for config in found)
+                assert found[0] == configs.default(problem, device)
+                assert len(set(found)) == len(found)
+                assert all(configs.config_from(kernel, configs.plain(config)) == config for config in found)
+                if not aligned or arch < 90:
+                    assert not any(getattr(config, "tma", False) for config in found)
+
+
+def test_what_cannot_run_is_refused():
+    hopper, ampere = configs.ARCHITECTURES[90], configs.ARCHITECTURES[80]
+    problem = configs.Problem("fc2", 2885, 1024, 1024, torch.bfloat16)
+    good = configs.GemmConfig(128, 128, 64, 8, 4, tma=True)
+    assert configs.supports(good, problem, hopper)
+    assert not configs.supports(good, problem, ampere)
+    assert not configs.supports(good, replace(problem, aligned=False), hopper)
+    assert not configs.supports(replace(good, num_stages=8), problem, hopper)
+    assert not configs.supports(replace(good, block_m=96), problem, hopper)
+    assert not configs.supports(replace(good, block_m=256, block_n=256), problem, hopper)
+    assert not configs.supports(replace(good, split_k=2), problem, hopper)
+    assert not configs.supports(configs.GatherConfig(16, 64), problem, hopper)
+    wide = replace(problem, kernel="single_pass")
+    assert not configs.supports(configs.GemmConfig(64, 64, 32, 8, 2), wide, hopper)
+    with pytest.raises(ValueError, match="cannot run"):
+        host.choose(problem, torch.device("cpu"), replace(good, block_m=96))

@@ -1,0 +1,331 @@
+"""Compiles the Triton kernels ahead of time, for architectures that need not be here, and looks at what came out.
+
+    python tools/compiled_kernels.py                     # the default configs; prints the table of docs/kernels.md
+    python tools/compiled_kernels.py --write             # and writes it there
+    python tools/compiled_kernels.py --all --arch 90     # every config that the tuner would try (make test-aot)
+
+The launchers run as they do in a process with a GPU, on memory that nobody reads: only the launch itself is replaced,
+by a compilation for the wanted architecture. `faults` says what is wrong with a compiled kernel; tests use both.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from fila_kernels import planner
+from fila_kernels.backends.eager import Call
+from fila_kernels.backends.triton import configs, crop_resize, host, products
+
+ROOT = Path(__file__).resolve().parent.parent
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = tuple(configs.ARCHITECTURES)
+# Registers and bytes of shared memory of a multiprocessor; a block's shared memory costs another kilobyte.
+REGISTERS = 65_536
+SHARED_MEMORY = {80: 167_936, 90: 233_472, 100: 233_472}
+THREADS = 2_048
+# The instructions that the tensor cores and the copy engines of an architecture are driven by.
+INTENDED = {80: ("HMMA", "LDGSTS"), 90: ("HGMMA", "UTMALDG"), 100: ("UTCHMMA", "UTMALDG")}
+# No config reads through descriptors here: row blocks of a single pass gather, and its weights stay in L2.
+WITHOUT_DESCRIPTORS = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
+
+
+@dataclass
+class Kernel:
+    """One compiled kernel: what it is, and what the assembler made of it."""
+
+    name: str
+    arch: int
+    dtype: torch.dtype
+    config: configs.Config | None
+    num_warps: int
+    shared: int
+    tensor_memory: int
+    registers: int = 0
+    stack: int = 0
+    ptx: str = ""
+    instructions: Counter[str] = field(default_factory=Counter)
+
+    def count(self, prefix: str) -> int:
+        return sum(number for name, number in self.instructions.items() if name.startswith(prefix))
+
+    @property
+    def occupancy(self) -> float:
+        """Resident warps of the most a multiprocessor holds, by registers, shared memory and threads."""
+        per_warp = -(-self.registers // 8) * 8 * 32
+        blocks = min(
+            REGISTERS // (per_warp * self.num_warps),
+            SHARED_MEMORY[self.arch] // (self.shared + 1024),
+            THREADS // (32 * self.num_warps),
+            32,
+        )
+        return blocks * self.num_warps * 32 / THREADS
+
+
+class _Driver:
+    """Stands in for a GPU's driver as far as compiling goes."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # what compilations are remembered by
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def compiling(arch: int, found: list[Kernel]) -> Iterator[None]:
+    """Within, launchers choose for `arch`, and what they launch is compiled and added to `found`."""
+    device = configs.ARCHITECTURES[arch]
+    chosen: list[configs.Config] = []
+    choose = host.choose
+
+    def remember(*arguments: Any, **settings: Any) -> configs.Config:
+        chosen.append(choose(*arguments, **settings))
+        return chosen[-1]
+
+    def compile_instead(kernel: Any, grid: Any, *arguments: Any, **settings: Any) -> None:
+        compiled = kernel.warmup(*arguments, grid=grid, **settings)
+        tensors = (a.base if hasattr(a, "base") and not isinstance(a, torch.Tensor) else a for a in arguments)
+        dtype = next(t.dtype for t in tensors if isinstance(t, torch.Tensor))
+        label = kernel.__name__.removesuffix("_kernel")
+        if settings.get("PROJECTED"):
+            label += " (projected)"
+        kernel_found = Kernel(
+            label, arch, dtype, chosen.pop() if chosen else None, settings["num_warps"], compiled.metadata.shared,
+            getattr(compiled.metadata, "tmem_size", 0) or 0, ptx=compiled.asm["ptx"],
+        )  # fmt: skip
+        _disassemble(kernel_found, compiled.asm["cubin"])
+        found.append(kernel_found)
+
+    replaced: list[tuple[Any, str, Any]] = [(configs, "device_of", lambda _: device), (host, "choose", remember)]
+    replaced += [(module, "run", compile_instead) for module in (host, products, crop_resize)]
+    replaced += [(module, "choose", remember) for module in (products, crop_resize)]
+    kept = [(module, name, getattr(module, name)) for module, name, _ in replaced]
+    for module, name, value in replaced:
+        setattr(module, name, value)
+    driver.set_active(_Driver(arch))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for module, name, value in kept:
+            setattr(module, name, value)
+        driver._active = None
+
+
+def _disassemble(kernel: Kernel, cubin: bytes) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [str(BINARIES / "cuobjdump"), "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        code = subprocess.run(
+            [str(BINARIES / "nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert numbers is not None, usage
+    kernel.registers, kernel.stack = int(numbers[1]), int(numbers[2])
+    kernel.instructions = Counter(
+        re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
+    )
+
+
+def faults(kernel: Kernel) -> list[str]:
+    """What is wrong with a compiled kernel, in words; nothing if it is as intended."""
+    found = []
+    limit = configs.ARCHITECTURES[kernel.arch].shared_memory
+    if kernel.shared > limit:
+        found.append(f"{kernel.shared} bytes of shared memory, the limit is {limit}")
+    if kernel.tensor_memory > 512:
+        found.append(f"{kernel.tensor_memory} columns of tensor memory, the limit is 512")
+    if not kernel.count("STG") + kernel.count("UTMASTG"):
+        found.append("nothing is stored")
+    if kernel.count("BPT.TRAP") and not kernel.count("STG"):
+        found.append("a trap in place of the body")
+    # A double precision division is a call, whose frame holds one register.
+    spared = 1 if kernel.count("DFMA") else 0
+    if kernel.dtype != torch.float32 and (kernel.count("STL") > spared or kernel.count("LDL") > spared):
+        found.append(f"registers spill: {kernel.count('STL')} stores, {kernel.count('LDL')} loads")
+    if isinstance(kernel.config, configs.GemmConfig) and kernel.dtype != torch.float32:
+        descriptors = kernel.config.tma or kernel.arch < 90
+        wanted = INTENDED if descriptors and not kernel.name.startswith("single_pass") else WITHOUT_DESCRIPTORS
+        found += [f"no {name}" for name in wanted[kernel.arch] if not kernel.count(name)]
+    if kernel.dtype == torch.float32 and "tf32" in kernel.ptx:
+        found.append("float32 is multiplied in TF32")
+    return [f"{kernel.name} on sm_{kernel.arch}, {kernel.config}: {fault}" for fault in found]
+
+
+def example(
+    dtype: torch.dtype = torch.bfloat16, width: int = 1024, channels: int = 768, side: int = 48, tiles: int = 40,
+    gate: str = "product",
+) -> Call:  # fmt: skip
+    """A call of the real kind: eight images of five tiles, stage 3 on a 768-pixel raster. Its memory is never read."""
+    shape = planner.Shape(tiles, 1, 24, width, width, channels, max(tiles // 5, 1), side, side)
+
+    def empty(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype)
+
+    return Call(
+        empty(tiles, 577, width), empty(shape.images, side, side, channels), torch.zeros(tiles, 4),
+        torch.zeros(tiles, dtype=torch.int64), empty(width, width + channels), empty(width), empty(width, width),
+        empty(width), empty(1), shape, gate, planner.choose(shape, dtype, torch.device("cpu"), "sample_first"),
+    )  # fmt: skip
+
+
+def product_launches(call: Call) -> dict[str, Callable[[configs.Config | None], object]]:
+    """Every product's kernel as training launches it, by the name that configs knows it by."""
+    shape, dtype = call.shape, call.tokens.dtype
+
+    def flat(width: int) -> torch.Tensor:
+        return torch.empty((shape.tiles, 577, width), dtype=dtype)
+
+    def samples(width: int) -> torch.Tensor:
+        return torch.empty((shape.samples, width), dtype=dtype)
+
+    d, c, h = shape.token_width, shape.feature_width, shape.hidden_width
+    tables = torch.empty((shape.tiles, 2, 24), dtype=torch.int32), torch.empty((shape.tiles, 2, 24))
+    narrow = example(dtype, 512, tiles=5)
+    return {
+        "fc1": lambda config: products.fc1(call, flat(c), None, None, samples(h), flat(h), config),
+        "fc1_projected": lambda config: products.fc1(
+            call, None, torch.empty((shape.cells, h), dtype=dtype), tables, samples(h), flat(h), config
+        ),
+        "fc2": lambda config: products.fc2(call, flat(h), flat(d), samples(d), config=config),
+        "single_pass": lambda config: products.single_pass(narrow, torch.empty_like(narrow.tokens), None, None, config),
+        "hidden_gradient": lambda config: products.hidden_gradient(
+            call, flat(d), samples(h), flat(h), flat(h), True, False, config
+        ),
+        "input_gradient": lambda config: products.input_gradient(call, flat(h), flat(d), flat(d), flat(c), config),
+        "weight_gradient": lambda config: products.weight_gradient(
+            call, flat(h)[:, 1:], flat(d)[:, 1:], torch.empty((h, d), dtype=dtype), "parameter", config
+        ),
+    }
+
+
+def other_launches(call: Call) -> None:
+    """The kernels that are no products."""
+    shape, dtype = call.shape, call.tokens.dtype
+    samples = torch.empty((shape.tiles, 577, shape.feature_width), dtype=dtype)[:, 1:]
+    crop_resize.crop_resize_fwd(call.features, call.boxes, call.image_index, 24, samples)
+    maps = (shape.images, shape.height, shape.width)
+    tables = crop_resize.crop_tables(call.boxes, call.image_index, 24, maps, True)
+    crop_resize.crop_resize_bwd(samples.unflatten(1, (24, 24)), tables, 24, torch.empty_like(call.features), call.alpha)
+    flat, branch = torch.empty_like(call.tokens), torch.empty((shape.samples, shape.token_width), dtype=dtype)
+    products.gate_gradient(call, flat, branch, torch.empty_like(flat), True, True)
+    products.activate(call, branch, flat)
+    # Frozen features leave half of this one out.
+    products.input_gradient(call, torch.empty_like(flat), flat, torch.empty_like(flat), None)
+
+
+def compile_defaults(arch: int, dtype: torch.dtype = torch.bfloat16, others: bool = True) -> list[Kernel]:
+    """The kernels with the configs that an untuned process takes."""
+    found: list[Kernel] = []
+    call = example(dtype)
+    with compiling(arch, found):
+        for launch in product_launches(call).values():
+            launch(None)
+        if others:
+            other_launches(call)
+    return found
+
+
+def compile_all(arch: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[Kernel]:
+    """Every product with every config that the tuner would try; parts of a sum share one kernel."""
+    call = example(dtype)
+    for name, launch in product_launches(call).items():
+        rows, wide = call.shape.tiles * 577, call.shape.token_width
+        problem = configs.Problem(name, rows, 512 if name == "single_pass" else wide, 512, dtype)
+        done = set()
+        for config in configs.candidates(problem, configs.ARCHITECTURES[arch]):
+            assert isinstance(config, configs.GemmConfig)
+            key = (config.block_m, config.block_n, config.block_k, config.num_warps, config.num_stages, config.tma)
+            if key in done:
+                continue
+            done.add(key)
+            found: list[Kernel] = []
+            with compiling(arch, found):
+                launch(config)
+            yield from found
+
+
+def table(kernels: list[Kernel]) -> str:
+    """The kernels as a Markdown table."""
+    lines = [
+        "| Kernel | Architecture | Tile | Warps | Stages | Registers | Spills | Shared memory | Occupancy |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for kernel in kernels:
+        config = kernel.config
+        if isinstance(config, configs.GemmConfig):
+            tile, stages = f"{config.block_m} x {config.block_n} x {config.block_k}", str(config.num_stages)
+        elif isinstance(config, configs.GatherConfig):
+            tile, stages = f"{config.block_rows} x {config.block_columns}", "-"
+        else:
+            tile, stages = "-", "-"
+        spills = kernel.count("STL") if not kernel.count("DFMA") else max(kernel.count("STL") - 1, 0)
+        lines.append(
+            f"| `{kernel.name}` | sm_{kernel.arch} | {tile} | {kernel.num_warps} | {stages} | {kernel.registers} | "
+            f"{spills} | {kernel.shared:,} B | {kernel.occupancy:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+PAGE = ROOT / "docs" / "kernels.md"
+MARKS = "<!-- compiled kernels: written by tools/compiled_kernels.py -->", "<!-- end of compiled kernels -->"
+
+
+def write(text: str) -> None:
+    """Put the table between the page's marks."""
+    page = PAGE.read_text()
+    start, end = (page.index(mark) for mark in MARKS)
+    note = f"Compiled by Triton {triton.__version__} in bfloat16 for {', '.join(f'sm_{a}' for a in ARCHITECTURES)}.\n"
+    PAGE.write_text(f"{page[: start + len(MARKS[0])]}\n\n{note}\n{text}\n\n{page[end:]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--all", action="store_true", help="every config that the tuner would try")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/kernels.md")
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    wrong, kernels = [], []
+    for arch in options.arch:
+        for kernel in compile_all(arch, dtype) if options.all else compile_defaults(arch, dtype, others=arch == 90):
+            wrong += faults(kernel)
+            kernels.append(kernel)
+            print(f"sm_{arch} {kernel.name} {kernel.config} {kernel.registers} registers", file=sys.stderr, flush=True)
+    print(table(kernels))
+    print("\n".join(wrong) or f"{len(kernels)} kernels, nothing wrong", file=sys.stderr)
+    if options.write:
+        write(table(kernels))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
