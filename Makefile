@@ -30,6 +30,10 @@ test-fast: setup ## run the tests that take no more than some ten seconds each
 test-transformers: setup ## run the model's tests on the oldest supported transformers and the newest
 	$(RUN) tools/transformers_versions.py $(ARGS)
 
+.PHONY: test-aot
+test-aot: setup ## compile every config of the Triton kernels that the tuner would try, for three architectures (hours)
+	$(RUN) tools/compiled_kernels.py --all $(ARGS)
+
 lint: setup ## formatting, lint and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .

@@ -63,7 +63,7 @@ CPU_RATES = {
     torch.bfloat16: Rates(400e9, 20e9),
     torch.float16: Rates(0.3e9, 20e9),
 }
-# A ratio typical of recent GPUs; the torch backend is only a fallback there.
+# A ratio typical of recent GPUs, not measured; a device's tuned table goes before it.
 GPU_RATES = Rates(400e12, 2e12)
 
 
