@@ -78,7 +78,9 @@ def test_cvfm(planted, guards, module, old, new):  # noqa: F811
 
 def test_a_write_beyond_the_buffer(planted):
     """The guards see what no comparison can."""
-    planted(crop_resize, "mask=written)", "mask=(sample >= 0)[:, None] & (channel < channels)[None, :])")
+    planted(
+        crop_resize, "mask=written)", "mask=(row < num_tiles * samples + 4)[:, None] & (channel < channels)[None, :])"
+    )
     found = Guards()
     inputs = CASE.inputs(torch.float32)
     out = found.empty((2, 4, 6), torch.float32)  # two tiles of 2 x 2 samples
