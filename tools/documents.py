@@ -55,6 +55,19 @@ def kinds() -> str:
     return table(["question", "intact", "cut"], rows)
 
 
+def training() -> str:
+    """Each stage's steps and its losses, first and last, from the logs."""
+    rows = []
+    for stage in ("vision", "text", "align", "tune"):
+        with (RECORD / f"{stage}.csv").open(newline="") as file:
+            first, *_, last = csv.DictReader(file)
+        losses = [f"{part} {first[part]} to {last[part]}" for part in list(first)[1 : list(first).index("norm")]]
+        rows.append([f"`{stage}`", last["step"], ", ".join(losses)])
+    return "| stage | steps of 8 pages | losses over the first and the last steps |\n| --- | ---: | --- |\n" + "".join(
+        f"| {' | '.join(row)} |\n" for row in rows
+    )
+
+
 def parameters() -> str:
     """Parameters by part of every preset, counted on the meta device."""
     import torch
@@ -153,7 +166,7 @@ def goals() -> str:
 
 GENERATORS: dict[str, Callable[[], str]] = {
     "nano": nano, "kinds": kinds, "cpu": cpu, "parameters": parameters, "columns": columns, "sections": sections,
-    "goals": goals,
+    "goals": goals, "training": training,
 }  # fmt: skip
 
 

@@ -64,21 +64,21 @@ class Stage:
 
 STAGES = {
     "vision": Stage(
-        800, 8, 1.5e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1), crowded=1.0
+        1300, 8, 2e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1), crowded=1.0
     ),
     "text": Stage(
-        1500, 8, 1.5e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text"), easy=0.15, crowded=0.5
+        5200, 8, 2e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text"), easy=0.15, crowded=0.5
     ),
     "align": Stage(
         400,
         8,
-        1.5e-3,
+        2e-3,
         ("model.multi_modal_projector", "model.vision_tower.fusion", "heads"),
         cropping=False,
         dense=(1, 1),
         warmup=30,
     ),
-    "tune": Stage(1500, 8, 8e-4, ("",), dense=(1, 0.1), crowded=0.5),
+    "tune": Stage(1400, 8, 1.8e-3, ("",), dense=(1, 0.3), crowded=0.5),
 }
 
 
