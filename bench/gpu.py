@@ -9,6 +9,7 @@ Runs under any Python that has torch, without the project being installed; witho
 
 import argparse
 import csv
+import importlib.util
 import os
 import shutil
 import signal
@@ -55,12 +56,14 @@ def _tune(images: int) -> Section:
     )
 
 
+# Most of the tests' time is the compilation of kernels; with pytest-xdist that is done eight at a time.
+_PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 _COMPILED = "tuned_eager,compile,compile_no_graphs,compile_tapped"
 SECTIONS = (
     Section(
         "correctness",
         LONGEST,
-        ("-m", "pytest", "tests/kernels", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider"),
+        ("-m", "pytest", "tests/kernels", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider", *_PARALLEL),
         gate=True,
         what="the tests marked gpu: the case matrix on every backend, forward and backward, graphs, repeats",
     ),

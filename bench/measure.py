@@ -139,7 +139,10 @@ class Measurement:
             leaves = {n: t.detach().requires_grad_() if n in self.case.wanted else t for n, t in inputs.items()}
             tensors = [t for t in leaves.values() if isinstance(t, torch.Tensor)]
             function, prefix = self.functions[variant.name], self.case.prefix
-            found["kept_bytes"] = kept_for_backward(lambda: function(**leaves, num_prefix_tokens=prefix), tensors)
+            try:
+                found["kept_bytes"] = kept_for_backward(lambda: function(**leaves, num_prefix_tokens=prefix), tensors)
+            except Exception as error:  # compiled functions may refuse hooks; their times stand
+                self.notes[variant.name] = f"kept_bytes: {_one_line(error)}"
         return found
 
     def record(self, seconds: dict[str, list[float]]) -> None:
@@ -156,7 +159,6 @@ class Measurement:
                 "flops": passes * case.flops(), "bytes": passes * case.bytes(),
                 "floor_flops": least.flops, "floor_bytes": least.bytes,
                 "roof_flops": f"{roof.flops:.5g}", "roof_bytes": f"{roof.bytes:.5g}",
-                "note": self.notes.get(name, ""),
             }  # fmt: skip
             if name in self.runners:
                 row |= self.memory(variant)
@@ -166,6 +168,7 @@ class Measurement:
                 row["first_call_ms"] = f"{self.first_seconds[name] * 1e3:.5g}"
             if name in self.verdicts:
                 row["error"] = f"{self.verdicts[name].error:.4g}"
+            row["note"] = self.notes.get(name, "")
             times = records.times_of(seconds.get(name, []))
             records.append(settings.output(), records.environment(device) | times | row)
 

@@ -46,7 +46,7 @@ COLUMNS = {
     "floor_bytes": "likewise",
     "roof_flops": "operations a second of a square matrix product, measured in the same run",
     "roof_bytes": "bytes a second of a large copy, read and written both counted, measured in the same run",
-    "note": "why nothing was timed",
+    "note": "why something was not measured",
 }  # fmt: skip
 KEY = ("commit", "device", "torch", "operation", "case", "direction", "variant")
 

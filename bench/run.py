@@ -80,7 +80,8 @@ def table(rows: list[Row]) -> str:
         lines.append(f"  {'geometric mean':<{width}}{'':>20}{columns}\n")
     for row in rows:
         if row["note"]:
-            lines.append(f"not timed: {row['case']}, {row['direction']}, {row['variant']}: {row['note']}")
+            what = "note" if row["p50_ms"] else "not timed"
+            lines.append(f"{what}: {row['case']}, {row['direction']}, {row['variant']}: {row['note']}")
     first = rows[0]
     clock = f"{first['threads']} threads ({first['clock']} clock)" if first["clock"] in CLOCKS else "CUDA events"
     lines.append(f"{first['device']}, {clock}, torch {first['torch']}, commit {first['commit']}")

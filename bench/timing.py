@@ -6,6 +6,7 @@ that the second-level cache has forgotten the first when its turn comes again, a
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -28,10 +29,14 @@ class Runner:
 
     def __init__(self, calls: list[Call], device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
         self.calls, self.device, self.now = calls, device, now
+        self.size = len(calls)
         self.repeats = 1
-        self.first_seconds = self._wall(calls[0])
-        if device.type == "cuda":
-            self.repeats = max(1, round(SHORTEST_ROUND / max(self.round() * len(calls), 1e-7)))
+        self._warm()
+
+    def _warm(self) -> None:
+        self.first_seconds = self._wall(self.calls[0])
+        if self.device.type == "cuda":
+            self.repeats = max(1, round(SHORTEST_ROUND / max(self.round() * self.size, 1e-7)))
 
     def _wall(self, call: Call) -> float:
         start = time.perf_counter()
@@ -46,7 +51,7 @@ class Runner:
 
     def round(self) -> float:
         """Seconds a call, over one round."""
-        count = self.repeats * len(self.calls)
+        count = self.repeats * self.size
         if self.device.type != "cuda":
             start = self.now()
             for _ in range(self.repeats):
@@ -73,9 +78,13 @@ class Runner:
 
 
 class GraphRunner(Runner):
-    """The calls on all sets captured as one CUDA graph, so that a round is one launch."""
+    """The calls on all sets captured as one CUDA graph, so that a round is one launch or more.
 
-    def __init__(self, calls: list[Call], device: torch.device) -> None:
+    Runners that share a `pool` of memory must not depend on what another one left there; these do not, since nobody
+    looks at their results.
+    """
+
+    def __init__(self, calls: list[Call], device: torch.device, pool: Any = None) -> None:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -83,19 +92,12 @@ class GraphRunner(Runner):
                 calls[0]()
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             for call in calls:
                 call()
-        self.size = len(calls)
-        super().__init__([self.graph.replay], device)
-        self.first_seconds /= self.size
-
-    def round(self) -> float:
-        return super().round() / self.size
-
-    def host_seconds(self, rounds: int = 5) -> float:
-        """Of one replay, which is one launch however many calls it holds."""
-        return super().host_seconds(rounds)
+        self.device, self.now = device, time.perf_counter
+        self.calls, self.size, self.repeats = [self.graph.replay], len(calls), 1
+        self._warm()
 
 
 def interleaved(runners: dict[str, Runner]) -> Callable[[], dict[str, float]]:

@@ -10,6 +10,7 @@ run goes on where the first stopped. Compilation is done beforehand by other pro
 """
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -116,6 +117,7 @@ class Tuner:
                 self.entries = json.loads(path.read_text())
                 break
         self.trial = Trial(self.entries)
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def time_is_up(self) -> bool:
         return time.monotonic() > self.deadline
@@ -146,7 +148,9 @@ class Tuner:
 
     def runner(self, calls: list[Callable[[], object]]) -> Runner:
         with self.trial.active():
-            return GraphRunner(calls, self.device) if self.device.type == "cuda" else Runner(calls, self.device)
+            if self.device.type == "cuda":
+                return GraphRunner(calls, self.device, self.pool)
+            return Runner(calls, self.device)
 
     def fastest(self, runners: dict[Any, Runner], default: Any) -> Any:
         """The name with the lowest median, unless the default is within the scatter of it."""
@@ -250,7 +254,8 @@ class Tuner:
         """Run every `of`-th candidate once, so that Triton's cache holds it when its time is taken."""
         number = 0
         for case in cases:
-            inputs = case.inputs(0, self.device)
+            # Sizes are no constants of a kernel; few images leave room on the device for all processes.
+            inputs = (case := dataclasses.replace(case, images=min(case.images, 8))).inputs(0, self.device)
             grad = torch.randn_like(inputs["tokens"])
             for plan in plans_for(case):
                 call = self.call(case, inputs, grad, plan)

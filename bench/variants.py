@@ -127,8 +127,8 @@ def absent(name: str, device: torch.device) -> str | None:
             return "its kernels need a CUDA device"
         try:
             from quack.gemm_interface import gemm_act  # noqa: F401
-        except ImportError as error:
-            return f"not installed ({error})"
+        except (ImportError, RuntimeError, AttributeError) as error:  # absent, or not fit for this torch
+            return f"cannot be imported ({error})"
     if variant.ours:
         backend = name.split("_")[0]
         usable, reason = dispatch.available(backend)

@@ -1,5 +1,6 @@
 """The bench: its shapes, floors and gate, the CSV, resuming, the goals, the plots, and `make gpu` without a GPU."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -7,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,6 +238,67 @@ def test_interleaving_rotates_and_own_time_runs_for_own_variants_only():
     run_once()
     assert order == ["b", "c", "a", "c", "a", "b"]
     assert timing.num_sets(1, torch.device("cpu")) == 1
+
+
+@pytest.fixture
+def made_up_gpu(monkeypatch):
+    """CUDA's events, streams and graphs over a clock that calls move by hand; returns the clock's advance."""
+    clock = [0.0]
+    captured: list[float] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.time = clock[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return (end.time - self.time) * 1e3
+
+    class Graph:
+        def replay(self) -> None:
+            clock[0] += captured[0]
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, pool):
+        start = clock[0]
+        yield
+        captured[:] = [clock[0] - start]
+
+    class Stream:
+        def __init__(self, device=None) -> None:
+            pass
+
+        def wait_stream(self, other: "Stream") -> None:
+            pass
+
+    def advance(seconds: float) -> None:
+        clock[0] += seconds
+
+    for name, value in {
+        "Event": Event, "CUDAGraph": Graph, "graph": capture, "Stream": Stream, "synchronize": lambda _device: None,
+        "current_stream": Stream, "stream": lambda _stream: contextlib.nullcontext(),
+        "get_device_properties": lambda _device: SimpleNamespace(L2_cache_size=50 * 2**20),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return advance
+
+
+def test_rounds_on_a_gpu_go_through_all_sets_and_last_long_enough(made_up_gpu):
+    device = torch.device("cuda")
+    assert timing.num_sets(100 * 2**20, device) == 4
+    assert timing.num_sets(2**40, device) == 1
+    assert timing.num_sets(1, device) == timing.MOST_SETS
+    durations = (1e-4, 2e-4, 1e-4, 2e-4)
+    calls = [lambda seconds=seconds: made_up_gpu(seconds) for seconds in durations]
+    for runner in (timing.Runner(calls, device), timing.GraphRunner(calls, device)):
+        assert runner.round() == pytest.approx(1.5e-4), "seconds a call, over the sets"
+        assert runner.repeats == 3, "a pass is 0.6 ms, and a round two milliseconds or nearly"
+        assert runner.first_seconds >= 0
 
 
 @pytest.mark.slow
