@@ -4,8 +4,10 @@ Two processes with gloo stand for a cluster; what they compute must be what one 
 """
 
 import copy
+import faulthandler
 import functools
 import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -155,7 +157,11 @@ def in_process(rank: int, folder: str, strategy: str) -> None:
     """One of two ranks: its half of the tiles, and gradients that must be those of all tiles at once."""
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    # A rank that waits for ever says where, and fails the test.
+    faulthandler.dump_traceback_later(100, exit=True)
+    store = f"file://{folder}/store"
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=limit)
     try:
         model, single = Tower(), Tower()
         single.load_state_dict(model.state_dict())
@@ -187,8 +193,10 @@ def in_process(rank: int, folder: str, strategy: str) -> None:
             for name, grad in found.items()
         }
         assert_same(full, gradients_of(single, [tokens, features, boxes, image_index]))
+        dist.barrier()  # neither leaves while the other still listens to it
     finally:
         dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.mark.slow
