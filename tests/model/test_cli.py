@@ -226,7 +226,7 @@ def test_no_memory_for_an_answer(ask, monkeypatch):
 def test_a_backend_that_cannot_run(ask, monkeypatch):
     from fila_kernels import dispatch
 
-    monkeypatch.setattr(dispatch, "available", lambda backend: (False, "there is no abacus here"))
+    monkeypatch.setattr(dispatch, "available", lambda backend, *of: (False, "there is no abacus here"))
     one_error(ask("a.png", QUESTION, "--backend", "torch"), "'torch'", "cannot run", "there is no abacus here")
 
 
