@@ -9,12 +9,10 @@ Source: FILA (arXiv 2412.08378), section 3.4; token order from LLaVA-NeXT.
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.llava_next.modeling_llava_next import (
-    LlavaNextCausalLMOutputWithPast,
     LlavaNextForConditionalGeneration,
     LlavaNextModel,
-    LlavaNextModelOutputWithPast,
     LlavaNextPreTrainedModel,
 )
 
@@ -77,7 +75,7 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
         use_cache: bool | None = None,
         mm_encoder_outputs: dict | None = None,
         **kwargs,
-    ) -> LlavaNextModelOutputWithPast:
+    ) -> BaseModelOutputWithPast:
         """Runs the language model over text in which every image token has been replaced by its image feature.
 
         Args:
@@ -101,20 +99,13 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
         elif input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             # Placeholders without pictures are a mistake; this is the same check with no features at all.
             self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0, inputs_embeds.shape[-1]))
-        outputs = self.language_model(
+        return self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
-        )
-        return LlavaNextModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=features,
         )
 
 
@@ -150,7 +141,7 @@ class FilaForConditionalGeneration(FilaPreTrainedModel, LlavaNextForConditionalG
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         **kwargs,
-    ) -> LlavaNextCausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast:
         """Logits and, with `labels` [batch, length] (-100 where nothing is asked), the next-token loss.
 
         The other arguments are those of `FilaModel.forward`; `logits_to_keep` as everywhere in transformers.
@@ -177,14 +168,9 @@ class FilaForConditionalGeneration(FilaPreTrainedModel, LlavaNextForConditionalG
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **num_items
             )
-        return LlavaNextCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        # The language model's own fields by whatever names this version of transformers gives them.
+        carried = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **carried)
 
 
 __all__ = ["FilaForConditionalGeneration", "FilaModel", "FilaPreTrainedModel", "FilaVisionModel"]
