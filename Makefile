@@ -10,7 +10,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-transformers lint format bench gpu train-nano clean
+.PHONY: help setup demo test test-fast test-transformers test-aot lint format bench gpu train-nano clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,7 +30,6 @@ test-fast: setup ## run the tests that take no more than some ten seconds each
 test-transformers: setup ## run the model's tests on the oldest supported transformers and the newest
 	$(RUN) tools/transformers_versions.py $(ARGS)
 
-.PHONY: test-aot
 test-aot: setup ## compile every config of the Triton kernels that the tuner would try, for three architectures (hours)
 	$(RUN) tools/compiled_kernels.py --all $(ARGS)
 

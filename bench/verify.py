@@ -68,7 +68,7 @@ class Gate:
         self.exact = self._list(step(reference.cvfm, wide, case.wanted, wide_grad, **settings)())
         self.largest = {name: float(tensor.abs().max()) for name, tensor in zip(self.names, self.exact, strict=True)}
         if wide_grad is not None:
-            self.largest["alpha"] = alpha_terms(wide, wide_grad, case.prefix)
+            self.largest["alpha"] = float(alpha_terms(wide, wide_grad, "product", case.prefix))
         eager = self._list(step(tuned_eager, whole, case.wanted, grad, **settings)())
         self.eager = [self._error(found, exact) for found, exact in zip(eager, self.exact, strict=True)]
 
@@ -96,16 +96,20 @@ class Gate:
         return Verdict(green, error, worst)
 
 
-def alpha_terms(wide: Inputs, grad: Tensor, prefix: int) -> float:
-    """The size of the sum that is alpha's gradient, before it cancels: the root of the sum of its terms' squares."""
+def alpha_terms(wide: Inputs, grad: Tensor, gate: str, prefix: int) -> Tensor:
+    """How large the partial sums of alpha's gradient grow, in float64: the root of the sum of its terms' squares.
+
+    The terms are |slope dY| (|A| |W2|' + |b2|), the magnitudes whose rounding any way of summing them inherits. `wide`
+    holds the inputs in float64.
+    """
     patches = wide["tokens"][:, prefix:]
     size = round(patches.shape[1] ** 0.5)
     sampled = reference.crop_resize(wide["features"], wide["boxes"], wide["image_index"], size).flatten(1, 2)
     hidden = F.gelu(F.linear(torch.cat([patches, sampled], -1), wide["fc1_weight"], wide["fc1_bias"]))
     branch = F.linear(hidden, wide["fc2_weight"], wide["fc2_bias"])
     size_of_branch = F.linear(hidden.abs(), wide["fc2_weight"].abs(), wide["fc2_bias"].abs())
-    slope = 1 - torch.tanh(wide["alpha"] * branch) ** 2
-    return float((slope * grad[:, prefix:] * size_of_branch).norm())
+    inner = wide["alpha"] * branch if gate == "product" else wide["alpha"]
+    return ((1 - torch.tanh(inner) ** 2) * grad[:, prefix:].double() * size_of_branch).norm()
 
 
 def fractional_verdict(gate: Gate, call: Callable[[], Tensor], inputs: Inputs, prefix: int) -> Verdict:

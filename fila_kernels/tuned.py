@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 SCHEMA = 1
+PLAN = "plan"  # beside the kernels' names
 FOLDER = Path(__file__).resolve().parent / "tables"
 
 
@@ -46,44 +47,39 @@ class Table:
     """The entries of one device; empty where it was never tuned."""
 
     def __init__(self, entries: dict[str, Any] | None = None) -> None:
-        entries = entries or {}
-        self._plans = [
-            (
-                tuple(entry["shape"].values()),
-                entry["dtype"],
-                {k: entry[k] for k in entry if k not in ("shape", "dtype")},
-            )
-            for entry in entries.get("plans", [])
-        ]
-        self._configs = [
-            ((entry["kernel"], tuple(entry["problem"])), entry["dtype"], dict(entry["config"]))
-            for entry in entries.get("configs", [])
-        ]
+        # By what is asked about ("plan", or a kernel's name) and dtype: sizes and what was measured for them.
+        self._measured: dict[tuple[str, str], list[tuple[tuple[int, ...], dict[str, Any]]]] = {}
         self._found: dict[Any, Any] = {}
+        for entry in (entries or {}).get("plans", []):
+            plans = {k: entry[k] for k in entry if k not in ("shape", "dtype")}
+            self._add(PLAN, entry["dtype"], tuple(entry["shape"].values()), plans)
+        for entry in (entries or {}).get("configs", []):
+            self._add(entry["kernel"], entry["dtype"], tuple(entry["problem"]), dict(entry["config"]))
+
+    def _add(self, subject: str, dtype: str, sizes: tuple[int, ...], values: dict[str, Any]) -> None:
+        self._measured.setdefault((subject, dtype), []).append((sizes, values))
 
     def __len__(self) -> int:
-        return len(self._plans) + len(self._configs)
+        return sum(map(len, self._measured.values()))
+
+    def _nearest(self, subject: str, sizes: Sequence[int], dtype: torch.dtype) -> tuple[dict[str, Any], bool] | None:
+        """The nearest entry's values and whether its sizes are the very same; looked for once: every call asks."""
+        key = (subject, tuple(sizes), dtype)
+        if key not in self._found:
+            entries = self._measured.get((subject, str(dtype).removeprefix("torch.")), [])
+            near = [(distance(sizes, at), values) for at, values in entries]
+            away, values = min(near, key=lambda entry: entry[0], default=(math.inf, {}))
+            self._found[key] = (values, away == 0) if away < math.inf else None
+        return self._found[key]
 
     def plan(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[dict[str, str], bool] | None:
         """The measured plan of each direction for the nearest shape, and whether that is the very shape."""
-        name = str(dtype).removeprefix("torch.")
-        near = [(distance(shape, at), plans) for at, kind, plans in self._plans if kind == name]
-        best = min(near, key=lambda entry: entry[0], default=(math.inf, {}))
-        return (best[1], best[0] == 0) if best[0] < math.inf else None
+        return self._nearest(PLAN, shape, dtype)
 
     def config(self, kernel: str, problem: Sequence[int], dtype: torch.dtype) -> dict[str, Any] | None:
         """The measured config for the nearest problem of a kernel, as plain values."""
-        key = (kernel, tuple(problem), dtype)
-        if key not in self._found:
-            name = str(dtype).removeprefix("torch.")
-            near = [
-                (distance(problem, at), values)
-                for (of, at), kind, values in self._configs
-                if of == kernel and kind == name
-            ]
-            best = min(near, key=lambda entry: entry[0], default=(math.inf, {}))
-            self._found[key] = best[1] if best[0] < math.inf else None
-        return self._found[key]
+        found = self._nearest(kernel, problem, dtype)
+        return None if found is None else found[0]
 
 
 @cache

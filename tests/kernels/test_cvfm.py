@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, DIFFERENTIABLE, REAL, Case, alpha_terms, assert_close, gradients, ids, options
+from cases import CASES, DIFFERENTIABLE, REAL, Case, assert_close, gradients, ids, options
 
+from bench.verify import alpha_terms
 from fila_kernels import cvfm, planner, reference
 
 PLANS = ("sample_first", "project_first")

@@ -6,8 +6,9 @@ does can make both sides wrong alike.
 
 import pytest
 import torch
-from cases import CASES, DIFFERENTIABLE, REAL, Case, alpha_terms, assert_close, gradients, ids, options
+from cases import CASES, DIFFERENTIABLE, REAL, Case, assert_close, gradients, ids, options
 
+from bench.verify import alpha_terms
 from fila_kernels import crop_resize, cvfm, dispatch, reference
 
 BACKENDS = [name for name in dispatch.BACKENDS if name != "reference" and dispatch.available(name)[0]]
