@@ -49,10 +49,13 @@ class Contest:
         work: Work,
         select: Callable[[Tensor], Tensor] = lambda result: result,
         ungated: tuple[str, ...] = (),
+        in_double: Mapping[str, Call] | None = None,
     ) -> list[str]:
         """Gate, time and record; `results` are the definition in float64 and in the case's dtype.
 
         `select` takes from a result what is compared; `ungated` ways compute something else and are timed regardless.
+        `in_double` has the same calls of others' ways on float64 inputs: what they compute is judged by these, their
+        rounding in the case's dtype is their own, and is recorded.
 
         Returns the names of this package's own ways that are red: nothing is timed then.
         """
@@ -68,6 +71,8 @@ class Contest:
                 green = name in ungated
                 if not green:
                     green, errors[name] = judge(select(one()), eager, exact)
+                    if in_double and name in in_double:
+                        green, _ = judge(select(in_double[name]()), eager, exact)
             except (RuntimeError, NotImplementedError) as error:
                 if name in own:
                     raise

@@ -22,6 +22,8 @@ def grid_sample(features: Tensor, boxes: Tensor, image_index: Tensor, size: int)
     Positions are clamped to the box, as the definition does.
     """
     images, height, width, channels = features.shape
+    maps = wide(features).permute(0, 3, 1, 2)
+    boxes = boxes.to(maps.dtype)
     places = []
     for low, high, cells in ((0, 2, height), (1, 3, width)):
         start, end = boxes[:, low, None], boxes[:, high, None]
@@ -30,8 +32,7 @@ def grid_sample(features: Tensor, boxes: Tensor, image_index: Tensor, size: int)
         places.append((2 * centre + 1) / cells - 1)
     y, x = places[0][:, :, None].expand(-1, -1, size), places[1][:, None, :].expand(-1, size, -1)
     order = torch.argsort(image_index, stable=True)
-    maps = wide(features).permute(0, 3, 1, 2)
-    grid = torch.stack([x, y], dim=-1)[order].to(maps.dtype).view(images, -1, size, 2)
+    grid = torch.stack([x, y], dim=-1)[order].view(images, -1, size, 2)
     sampled = F.grid_sample(maps, grid, align_corners=False, padding_mode="border").permute(0, 2, 3, 1)
     out = torch.empty(len(boxes), size, size, channels, dtype=features.dtype, device=features.device)
     return out.index_copy(0, order, sampled.reshape(out.shape).to(out.dtype))
