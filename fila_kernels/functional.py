@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from fila_kernels import dispatch, native, ops, planner, reference
-from fila_kernels.validation import check_crop_resize, check_cvfm
+from fila_kernels.validation import check_crop_resize, check_cvfm, check_in_place
 
 _ops = getattr(torch.ops, ops.NAMESPACE)
+_INPUTS = (
+    "tokens", "features", "boxes", "image_index", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "alpha",
+)  # fmt: skip
 
 
 class _Once(torch.autograd.Function):
@@ -203,6 +206,54 @@ def cvfm(
     if torch.is_grad_enabled():
         return _Cvfm.apply(*inputs, num_prefix_tokens, gate, plan or "", recompute, name)
     return _ops.cvfm_forward(*inputs, num_prefix_tokens, gate, plan or "", False, False, name)[0]
+
+
+def cvfm_(
+    tokens: Tensor,
+    features: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    alpha: Tensor,
+    *,
+    num_prefix_tokens: int = 1,
+    gate: str = "product",
+    plan: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`cvfm` in place, for inference: writes the fused tokens over `tokens` and returns it.
+
+    Prefix tokens are left as they are, unread by the last kernel, and no result is allocated. Arguments are those of
+    `cvfm`. As with PyTorch's own in-place operations, autocast casts nothing: all float tensors but `boxes` have the
+    dtype of `tokens`.
+
+    Raises:
+        RuntimeError: something requires a gradient while gradients are recorded; a backend that cannot run.
+        ValueError: as in `cvfm`; tokens that overlap themselves (an expanded tensor) or another argument.
+
+    Example:
+        >>> tokens, features = torch.randn(1, 1 + 16, 8), torch.randn(1, 12, 12, 6)
+        >>> boxes, image_index = torch.tensor([[0.0, 0.0, 12.0, 12.0]]), torch.tensor([0])
+        >>> mlp = torch.randn(10, 14), torch.randn(10), torch.randn(8, 10), torch.randn(8)
+        >>> rest = features, boxes, image_index, *mlp, torch.tensor([0.5])
+        >>> expected = cvfm(tokens, *rest)
+        >>> cvfm_(tokens, *rest) is tokens
+        True
+        >>> torch.allclose(tokens, expected, atol=1e-5)
+        True
+    """
+    inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
+    check_cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate, plan=plan)
+    check_in_place(tokens, dict(zip(_INPUTS[1:], inputs[1:], strict=True)))
+    width = max(tokens.shape[2], fc1_weight.shape[0]) if plan == "single_pass" else None
+    name, _ = dispatch.resolve(backend, plan, tokens.device, tokens.dtype, width)
+    if name == "reference":
+        return tokens.copy_(reference.cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate))
+    _ops.cvfm_forward_(*inputs, num_prefix_tokens, gate, plan or "", name)
+    return tokens
 
 
 def explain(

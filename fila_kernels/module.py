@@ -1,12 +1,12 @@
 """`CVFM`: the operation with its parameters."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fila_kernels.functional import crop_resize, cvfm
+from fila_kernels.functional import crop_resize, cvfm, cvfm_
 from fila_kernels.reference import gated
 from fila_kernels.validation import GATES
 
@@ -78,16 +78,22 @@ class CVFM(nn.Module):
                 return f"{name} has hooks, which only a call runs"
         return None
 
-    def forward(self, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
-        """[T, P + N, D] tokens, [B, h, w, C] maps, [T, 4] boxes in cells, [T] image of each tile: the fused tokens."""
+    def forward(
+        self, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor, inplace: bool = False
+    ) -> Tensor:
+        """[T, P + N, D] tokens, [B, h, w, C] maps, [T, 4] boxes in cells, [T] image of each tile: the fused tokens.
+
+        `inplace`, for inference, writes them over `tokens` as `fila_kernels.cvfm_` does.
+        """
         if self.fallback_reason is not None:
-            return self._forward_by_layers(tokens, features, boxes, image_index)
+            fused = self._forward_by_layers(tokens, features, boxes, image_index)
+            return tokens.copy_(fused) if inplace else fused
         fc1, fc2 = cast(nn.Linear, self.fc1), cast(nn.Linear, self.fc2)
-        return cvfm(
-            tokens, features, boxes, image_index, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.alpha,
-            num_prefix_tokens=self.num_prefix_tokens, gate=self.gate,
-            plan=self.plan, backend=self.backend, recompute=self.recompute,
-        )  # fmt: skip
+        inputs = (tokens, features, boxes, image_index, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.alpha)
+        settings: dict[str, Any] = {
+            "num_prefix_tokens": self.num_prefix_tokens, "gate": self.gate, "plan": self.plan, "backend": self.backend,
+        }  # fmt: skip
+        return cvfm_(*inputs, **settings) if inplace else cvfm(*inputs, **settings, recompute=self.recompute)
 
     def _forward_by_layers(self, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
         prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]

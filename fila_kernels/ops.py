@@ -39,6 +39,10 @@ _SCHEMAS = {
         'str backend="torch") '
         "-> (Tensor out, Tensor hidden, Tensor branch)"
     ),
+    "cvfm_forward_": (
+        f"({_INPUTS.replace('Tensor tokens', 'Tensor(a!) tokens', 1)}, SymInt num_prefix_tokens, str gate, str plan, "
+        'str backend="torch") -> ()'
+    ),
     "cvfm_backward": (
         f"(Tensor grad, {_INPUTS}, Tensor hidden, Tensor branch, SymInt num_prefix_tokens, str gate, str plan, "
         'bool[] needs, str backend="torch") '
@@ -92,6 +96,13 @@ def _no_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False)
 
 
+def _call(inputs: tuple[Tensor, ...], shape: planner.Shape, gate: str, plan: str, backend: str) -> eager.Call:
+    """The nine inputs with the plan for their sizes."""
+    tokens = inputs[0]
+    chosen = planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend)
+    return eager.Call._make((*inputs, shape, gate, chosen))
+
+
 def _crop_resize(features, boxes, image_index, size, backend="torch"):
     if boxes.shape[0] == 0 or features.numel() == 0:
         return _crop_resize_fake(features, boxes, image_index, size).zero_()
@@ -122,9 +133,9 @@ def _cvfm_forward(
     if tokens.numel() == 0:
         return torch.empty_like(tokens, memory_format=torch.contiguous_format), hidden, branch
     with _no_autocast(tokens.device):
-        call = eager.Call(
-            tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-            shape, gate, planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend),
+        call = _call(
+            (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha),
+            shape, gate, plan, backend,
         )  # fmt: skip
         out = _implementation(backend).forward(call, hidden if save_hidden else None, branch if save_branch else None)
     return out, hidden, branch
@@ -137,6 +148,26 @@ def _cvfm_forward_fake(
     return _forward_results(tokens, fc1_weight, num_prefix_tokens, save_hidden, save_branch)
 
 
+def _cvfm_forward_in_place(
+    tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
+    num_prefix_tokens, gate, plan, backend="torch",
+):  # fmt: skip
+    shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
+    torch.autograd.graph.increment_version(tokens)  # kernels write past PyTorch's own counting
+    if tokens.numel() == 0:
+        return
+    with _no_autocast(tokens.device):
+        call = _call(
+            (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha),
+            shape, gate, plan, backend,
+        )  # fmt: skip
+        _implementation(backend).forward(call, None, None, in_place=True)
+
+
+def _cvfm_forward_in_place_fake(*arguments, **settings):
+    return None
+
+
 def _cvfm_backward(
     grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha, hidden, branch,
     num_prefix_tokens, gate, plan, needs, backend="torch",
@@ -146,9 +177,9 @@ def _cvfm_backward(
         return tuple(result.zero_() for result in _backward_results(inputs, needs))
     shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
     with _no_autocast(tokens.device):
-        call = eager.Call(
-            tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-            shape, gate, planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend),
+        call = _call(
+            (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha),
+            shape, gate, plan, backend,
         )  # fmt: skip
         results = _implementation(backend).backward(
             call, grad, hidden if hidden.dim() == 2 else None, branch if branch.dim() == 2 else None,
@@ -171,6 +202,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {
     "crop_resize": (_crop_resize, _crop_resize_fake),
     "crop_resize_backward": (_crop_resize_backward, _crop_resize_backward_fake),
     "cvfm_forward": (_cvfm_forward, _cvfm_forward_fake),
+    "cvfm_forward_": (_cvfm_forward_in_place, _cvfm_forward_in_place_fake),
     "cvfm_backward": (_cvfm_backward, _cvfm_backward_fake),
 }
 

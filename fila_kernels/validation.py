@@ -104,3 +104,38 @@ def check_cvfm(
     for name, tensor in [("features", features), *((name, entry[0]) for name, entry in expected.items())]:
         _expect(tensor.dtype == tokens.dtype, name, f"dtype {tokens.dtype} (as tokens)", tensor.dtype)
         _expect(tensor.device == tokens.device, name, f"device {tokens.device} (as tokens)", tensor.device)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First and past-the-last byte that the tensor's elements lie in."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _apart(count: int, stride: int, size: int) -> bool:
+    """Whether `count` things of `size` elements, a stride from each other, share none."""
+    return count <= 1 or stride >= size
+
+
+def check_in_place(tokens: Tensor, others: dict[str, Tensor]) -> None:
+    """Raise unless `tokens`, which passed `check_cvfm`, can be written while the others are read."""
+    if torch.is_grad_enabled():
+        for name, tensor in {"tokens": tokens, **others}.items():
+            if tensor.requires_grad:
+                raise RuntimeError(
+                    f"cvfm_: {name} requires a gradient, for which the tokens it would overwrite are needed; "
+                    "call it under torch.no_grad(), or call cvfm"
+                )
+    tiles, length, width = tokens.shape
+    per_tile, per_token = tokens.stride()[:2]
+    tiles_outside = _apart(length, per_token, width) and _apart(tiles, per_tile, (length - 1) * per_token + width)
+    tokens_outside = _apart(tiles, per_tile, width) and _apart(length, per_token, (tiles - 1) * per_tile + width)
+    _expect(tiles_outside or tokens_outside, "tokens", "elements that share no memory", f"strides {tokens.stride()}")
+    # Compiled code orders reads and writes of inputs that share memory itself.
+    if torch.compiler.is_compiling() or tokens.numel() == 0:
+        return
+    first, last = _span(tokens)
+    for name, tensor in others.items():
+        start, end = _span(tensor)
+        apart = tensor.numel() == 0 or end <= first or last <= start or tensor.device != tokens.device
+        _expect(apart, name, "no memory in common with tokens, which are overwritten", "an overlap")

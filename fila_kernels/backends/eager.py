@@ -193,21 +193,24 @@ class FirstLayer:
         return torch.addmm(call.fc1_bias, joint, call.fc1_weight.t(), out=out)
 
 
-def forward(call: Call, hidden: Tensor | None, branch: Tensor | None) -> Tensor:
-    """The fused tokens; fills `hidden` [T * N, H] with Z and `branch` [T * N, D] with M where they are given."""
+def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: bool = False) -> Tensor:
+    """The fused tokens; fills `hidden` [T * N, H] with Z and `branch` [T * N, D] with M where they are given.
+
+    In place, each chunk of tiles is written over what it was read from; the native operator makes a tensor of its own.
+    """
     tokens, shape = call.tokens, call.shape
-    if native.serves(tokens.dtype, tokens.device)[0]:
+    if not in_place and native.serves(tokens.dtype, tokens.device)[0]:
         features = dense_channels(call.features)
         return torch.ops.fila.cvfm_forward(
             tokens, features, *call[2:9], shape.prefix, call.gate, call.plan.forward, hidden, branch, check_values=False
         )
-    out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+    out = tokens if in_place else torch.empty_like(tokens, memory_format=torch.contiguous_format)
     closed = call.closed()
-    if closed:
-        out.copy_(tokens)
-        if hidden is None and branch is None:
-            return out
-    out[:, : shape.prefix] = tokens[:, : shape.prefix]
+    if not in_place:
+        passing = None if closed else shape.prefix
+        out[:, :passing] = tokens[:, :passing]
+    if closed and hidden is None and branch is None:
+        return out
     first_layer = FirstLayer(call)
     z_scratch = call.scratch(shape.hidden_width) if hidden is None else None
     a_scratch = call.scratch(shape.hidden_width) if hidden is not None else z_scratch

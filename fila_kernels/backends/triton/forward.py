@@ -129,18 +129,20 @@ def fc1_fwd_kernel(
 def fc2_epilogue(
     acc, row, i_col, alpha, p_bias, p_tokens, p_out, p_branch, num_rows, length, prefix, token_width,
     stride_t, stride_l,
-    PRODUCT: tl.constexpr, WRITE_OUT: tl.constexpr, SAVE_BRANCH: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRODUCT: tl.constexpr, WRITE_OUT: tl.constexpr, IN_PLACE: tl.constexpr, SAVE_BRANCH: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """M, and the fused tokens; IN_PLACE writes the patch tokens over what they were read from, and nothing else."""
     if SPLIT > 1:
         left, right = halves(acc, BLOCK_M, BLOCK_N)
         fc2_epilogue(
             left, row, i_col, alpha, p_bias, p_tokens, p_out, p_branch, num_rows, length, prefix, token_width,
-            stride_t, stride_l, PRODUCT, WRITE_OUT, SAVE_BRANCH, SPLIT // 2, BLOCK_M, BLOCK_N // 2,
+            stride_t, stride_l, PRODUCT, WRITE_OUT, IN_PLACE, SAVE_BRANCH, SPLIT // 2, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         fc2_epilogue(
             right, row, i_col + BLOCK_N // 2, alpha, p_bias, p_tokens, p_out, p_branch, num_rows, length, prefix,
-            token_width, stride_t, stride_l, PRODUCT, WRITE_OUT, SAVE_BRANCH, SPLIT // 2, BLOCK_M, BLOCK_N // 2,
+            token_width, stride_t, stride_l, PRODUCT, WRITE_OUT, IN_PLACE, SAVE_BRANCH, SPLIT // 2, BLOCK_M,
+            BLOCK_N // 2,
         )  # fmt: skip
     else:
         column = i_col + tl.arange(0, BLOCK_N)
@@ -152,19 +154,22 @@ def fc2_epilogue(
             tl.store(p_rows, branch.to(p_branch.dtype.element_ty), mask=is_patch[:, None] & in_columns[None, :])
         if WRITE_OUT:
             inside = (row < num_rows)[:, None] & in_columns[None, :]
-            offsets = row_offsets(row, length, stride_t, stride_l)
-            x = tl.load(p_tokens + offsets[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            p_x = p_tokens + row_offsets(row, length, stride_t, stride_l)[:, None] + column[None, :]
+            x = tl.load(p_x, mask=inside, other=0.0).to(tl.float32)
             fused = tl.where(is_patch[:, None], x + gated(branch, alpha, PRODUCT), x)
-            p_rows = p_out + (row.to(tl.int64) * token_width)[:, None] + column[None, :]
-            tl.store(p_rows, fused.to(p_out.dtype.element_ty), mask=inside)
+            if IN_PLACE:
+                tl.store(p_x, fused.to(p_tokens.dtype.element_ty), mask=is_patch[:, None] & in_columns[None, :])
+            else:
+                p_rows = p_out + (row.to(tl.int64) * token_width)[:, None] + column[None, :]
+                tl.store(p_rows, fused.to(p_out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def fc2_fwd_kernel(
     a, w, p_bias, p_alpha, p_tokens, p_out, p_branch,
     num_rows, length, prefix, hidden_width, token_width, stride_t, stride_l, stride_w,
-    PRODUCT: tl.constexpr, WRITE_OUT: tl.constexpr, SAVE_BRANCH: tl.constexpr, IF_CLOSED: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    PRODUCT: tl.constexpr, WRITE_OUT: tl.constexpr, IN_PLACE: tl.constexpr, SAVE_BRANCH: tl.constexpr,
+    IF_CLOSED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """M, and the fused tokens. IF_CLOSED computes only under a gate of zero, which no host has to look at."""
@@ -184,7 +189,7 @@ def fc2_fwd_kernel(
         )  # fmt: skip
         fc2_epilogue(
             acc, row, i_col, alpha, p_bias, p_tokens, p_out, p_branch, num_rows, length, prefix, token_width,
-            stride_t, stride_l, PRODUCT, WRITE_OUT, SAVE_BRANCH, SPLIT, BLOCK_M, BLOCK_N,
+            stride_t, stride_l, PRODUCT, WRITE_OUT, IN_PLACE, SAVE_BRANCH, SPLIT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -193,12 +198,13 @@ def single_pass_fwd_kernel(
     p_tokens, p_features, p_boxes, p_index, p_w1, p_b1, p_w2, p_b2, p_alpha, p_out, p_hidden, p_branch,
     num_rows, length, prefix, size, images, height, width, token_width, feature_width, hidden_width,
     stride_t, stride_l, stride_b, stride_h, stride_w, stride_c, stride_w1, stride_w2,
-    PRODUCT: tl.constexpr, SAVE_HIDDEN: tl.constexpr, SAVE_BRANCH: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRODUCT: tl.constexpr, IN_PLACE: tl.constexpr, SAVE_HIDDEN: tl.constexpr, SAVE_BRANCH: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block of flat rows from the map and the tokens to the result; a row block samples each channel once.
 
-    BLOCK_H holds the whole hidden width, so that Z is one accumulator and A one operand of the second product.
+    BLOCK_H holds the whole hidden width, so that Z is one accumulator and A one operand of the second product. Rows
+    of tokens are read by their own program alone, and went into Z whole before any is written: IN_PLACE is safe.
     """
     i_row = tl.program_id(0) * BLOCK_M
     row = i_row + tl.arange(0, BLOCK_M)
@@ -239,5 +245,6 @@ def single_pass_fwd_kernel(
         b_w2 = tl.load(p_columns, mask=in_hidden[:, None] & (column < token_width)[None, :], other=0.0)
         fc2_epilogue(
             tl.dot(activated, b_w2, input_precision=PRECISION), row, i_col, alpha, p_b2, p_tokens, p_out, p_branch,
-            num_rows, length, prefix, token_width, stride_t, stride_l, PRODUCT, True, SAVE_BRANCH, 1, BLOCK_M, BLOCK_N,
+            num_rows, length, prefix, token_width, stride_t, stride_l, PRODUCT, True, IN_PLACE, SAVE_BRANCH, 1,
+            BLOCK_M, BLOCK_N,
         )  # fmt: skip

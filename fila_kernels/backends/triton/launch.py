@@ -64,9 +64,9 @@ def _first_layer(call: Call, hidden: Tensor | None, activated: Tensor | None) ->
     return None
 
 
-def forward(call: Call, hidden: Tensor | None, branch: Tensor | None) -> Tensor:
+def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: bool = False) -> Tensor:
     """The fused tokens; fills `hidden` [T * N, H] with Z and `branch` [T * N, D] with M where they are given."""
-    out = _dense_like(call.tokens)
+    out = call.tokens if in_place else _dense_like(call.tokens)
     with device_guard(call.tokens.device):
         if call.plan.forward == "single_pass":
             products.single_pass(call, out, hidden, branch)

@@ -56,7 +56,7 @@ def fc2(
     call: Call, activated: Tensor, out: Tensor | None, branch: Tensor | None, if_closed: bool = False,
     config: Config | None = None,
 ) -> None:  # fmt: skip
-    """The fused tokens into `out` [T, L, D] and M into `branch` [T * N, D]."""
+    """The fused tokens into `out` [T, L, D], dense or the tokens themselves, and M into `branch` [T * N, D]."""
     shape, tokens = call.shape, call.tokens
     length = shape.prefix + shape.patches
     rows = shape.tiles * length
@@ -71,15 +71,15 @@ def fc2(
         call.fc2_bias.contiguous(), call.alpha, tokens, out, branch,
         rows, length, shape.prefix, shape.hidden_width, shape.token_width,
         tokens.stride(0), tokens.stride(1), weight.stride(0),
-        PRODUCT=call.gate == "product", WRITE_OUT=out is not None, SAVE_BRANCH=branch is not None, IF_CLOSED=if_closed,
-        **how.constants,
+        PRODUCT=call.gate == "product", WRITE_OUT=out is not None, IN_PLACE=out is tokens,
+        SAVE_BRANCH=branch is not None, IF_CLOSED=if_closed, **how.constants,
     )  # fmt: skip
 
 
 def single_pass(
     call: Call, out: Tensor, hidden: Tensor | None, branch: Tensor | None, config: Config | None = None
 ) -> None:
-    """The fused tokens into `out` [T, L, D], Z into `hidden` [T * N, H], M into `branch` [T * N, D]."""
+    """The fused tokens into `out` as in `fc2`, Z into `hidden` [T * N, H], M into `branch` [T * N, D]."""
     shape, tokens = call.shape, call.tokens
     length = shape.prefix + shape.patches
     rows = shape.tiles * length
@@ -94,8 +94,9 @@ def single_pass(
         rows, length, shape.prefix, shape.grid, shape.images, shape.height, shape.width,
         shape.token_width, shape.feature_width, shape.hidden_width,
         tokens.stride(0), tokens.stride(1), *call.features.stride(), w1.stride(0), w2.stride(0),
-        PRODUCT=call.gate == "product", SAVE_HIDDEN=hidden is not None, SAVE_BRANCH=branch is not None,
-        PRECISION=precision(tokens.dtype), BLOCK_H=max(16, power_of_two(shape.hidden_width)),
+        PRODUCT=call.gate == "product", IN_PLACE=out is tokens,
+        SAVE_HIDDEN=hidden is not None, SAVE_BRANCH=branch is not None, PRECISION=precision(tokens.dtype),
+        BLOCK_H=max(16, power_of_two(shape.hidden_width)),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
