@@ -31,27 +31,31 @@ struct Reader {
   accumulate_t<Scalar> weight;
 };
 
-constexpr int64_t kBlock = 64;  // channels added up at a time: four registers of 512 bits
-
 // out = sum over readers of weight * grad, one rounding at the store. A weight of exactly one multiplies nothing away.
 template <typename Scalar>
 FILA_INLINE void sum_loop(const Reader<Scalar>* readers, int64_t count, Scalar* out, int64_t channels) {
   using Real = accumulate_t<Scalar>;
-  int64_t channel = 0;
-  for (; channel + kBlock <= channels; channel += kBlock) {
-    Real sum[kBlock];
-    for (int64_t k = 0; k < kBlock; ++k) {
-      sum[k] = readers[0].weight * widen(readers[0].grad[channel + k]);
+  constexpr int64_t kLanes = Lanes<Real>::kCount;
+  constexpr int64_t kVectors = 4;
+  if (count == 1) {
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      store(readers[0].weight * widen(readers[0].grad[channel]), out + channel);
     }
-    for (int64_t reader = 1; reader < count; ++reader) {
+    return;
+  }
+  int64_t channel = 0;
+  for (; channel + kVectors * kLanes <= channels; channel += kVectors * kLanes) {
+    lanes_t<Scalar> sums[kVectors] = {};
+    for (int64_t reader = 0; reader < count; ++reader) {
       const Scalar* grad = readers[reader].grad + channel;
-      const Real weight = readers[reader].weight;
-      for (int64_t k = 0; k < kBlock; ++k) {
-        sum[k] += weight * widen(grad[k]);
+      for (int64_t k = 0; k < kVectors; ++k) {
+        lanes_t<Scalar> lanes;
+        load_lanes(grad + k * kLanes, lanes);
+        sums[k] += readers[reader].weight * lanes;
       }
     }
-    for (int64_t k = 0; k < kBlock; ++k) {
-      store(sum[k], out + channel + k);
+    for (int64_t k = 0; k < kVectors; ++k) {
+      store_lanes(sums[k], out + channel + k * kLanes);
     }
   }
   for (; channel < channels; ++channel) {

@@ -62,4 +62,44 @@ FILA_INLINE void store(float value, BFloat16* out) {
   out->x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
+// 64 bytes of Real, in one to four registers of whatever width the clone has. Where a sum has to stay in registers over
+// a loop, this says so; plain loops over an array of sums are sometimes vectorised across the wrong loop.
+template <typename Real>
+struct Lanes {
+  static constexpr int64_t kCount = 64 / sizeof(Real);
+  typedef Real type __attribute__((vector_size(64)));
+};
+template <typename Scalar>
+using lanes_t = typename Lanes<accumulate_t<Scalar>>::type;
+
+typedef uint32_t LaneBits __attribute__((vector_size(64)));
+typedef uint16_t LaneHalves __attribute__((vector_size(32)));
+
+// Through a reference: clones of different widths would pass vectors by value in different ways.
+template <typename Scalar>
+FILA_INLINE void load_lanes(const Scalar* from, lanes_t<Scalar>& lanes) {
+  if constexpr (sizeof(Scalar) == sizeof(accumulate_t<Scalar>)) {
+    std::memcpy(&lanes, from, sizeof(lanes));
+  } else {
+    LaneHalves halves;
+    std::memcpy(&halves, from, sizeof(halves));
+    const LaneBits bits = __builtin_convertvector(halves, LaneBits) << 16;
+    std::memcpy(&lanes, &bits, sizeof(lanes));
+  }
+}
+
+template <typename Scalar>
+FILA_INLINE void store_lanes(const lanes_t<Scalar>& lanes, Scalar* to) {
+  if constexpr (sizeof(Scalar) == sizeof(accumulate_t<Scalar>)) {
+    std::memcpy(to, &lanes, sizeof(lanes));
+  } else {
+    LaneBits bits;
+    std::memcpy(&bits, &lanes, sizeof(bits));
+    const LaneBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const LaneBits quiet = LaneBits{} + 0x7fc0u;
+    const LaneHalves halves = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, LaneHalves);
+    std::memcpy(to, &halves, sizeof(halves));
+  }
+}
+
 }  // namespace fila
