@@ -20,6 +20,11 @@ STABLE_TORCH_LIBRARY(fila, m) {
       "cvfm_forward(Tensor tokens, Tensor features, Tensor boxes, Tensor image_index, Tensor fc1_weight, "
       "Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor alpha, int num_prefix_tokens, str gate, str plan, "
       "Tensor(a!)? hidden=None, Tensor(b!)? branch=None, *, bool check_values=True) -> Tensor");
+  // The same without what is kept: no argument is written to, as torch.export wants it.
+  m.def(
+      "cvfm(Tensor tokens, Tensor features, Tensor boxes, Tensor image_index, Tensor fc1_weight, Tensor fc1_bias, "
+      "Tensor fc2_weight, Tensor fc2_bias, Tensor alpha, int num_prefix_tokens, str gate, str plan, *, "
+      "bool check_values=True) -> Tensor");
   // The product gate's derivative: grad, branch [rows, D]  ->  out = alpha (1 - tanh^2(alpha branch)) grad, and the sum
   // of (1 - tanh^2) grad branch, float64 [1], which is alpha's gradient.
   m.def("gate_backward(Tensor grad, Tensor branch, Tensor alpha, Tensor(a!) out) -> Tensor");

@@ -13,7 +13,7 @@ LIBRARY = FOLDER / "libfila_kernels.so"
 
 
 # What this version calls; a library built from older sources lacks some of it.
-OPERATORS = ("crop_resize", "crop_resize_backward", "cvfm_forward", "gate_backward")
+OPERATORS = ("crop_resize", "crop_resize_backward", "cvfm", "cvfm_forward", "gate_backward")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -33,6 +33,7 @@ def load() -> tuple[bool, str]:
         return False, f"{LIBRARY} was built from older sources and lacks {', '.join(missing)}; install again"
     torch.library.register_fake("fila::crop_resize", _crop_resize_fake)
     torch.library.register_fake("fila::crop_resize_backward", _crop_resize_backward_fake)
+    torch.library.register_fake("fila::cvfm", _cvfm_forward_fake)
     torch.library.register_fake("fila::cvfm_forward", _cvfm_forward_fake)
     torch.library.register_fake("fila::gate_backward", _gate_backward_fake)
     return True, f"loaded {LIBRARY}"

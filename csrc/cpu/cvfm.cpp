@@ -374,7 +374,16 @@ Tensor cvfm_forward(Tensor tokens, Tensor features, Tensor boxes, Tensor image_i
   return out;
 }
 
+// Called directly and not through the dispatcher, whose C interface loses what an exception says.
+Tensor cvfm(Tensor tokens, Tensor features, Tensor boxes, Tensor image_index, Tensor fc1_weight, Tensor fc1_bias,
+            Tensor fc2_weight, Tensor fc2_bias, Tensor alpha, int64_t num_prefix_tokens, std::string gate,
+            std::string plan, bool check_values) {
+  return cvfm_forward(tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
+                      num_prefix_tokens, gate, plan, std::nullopt, std::nullopt, check_values);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fila, CPU, m) {
+  m.impl("cvfm", TORCH_BOX(&cvfm));
   m.impl("cvfm_forward", TORCH_BOX(&cvfm_forward));
 }
 
