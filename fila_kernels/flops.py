@@ -55,6 +55,7 @@ def register() -> None:
         ("cvfm_forward", cvfm_forward_flops),
         ("cvfm_forward_", cvfm_forward_flops),
         ("cvfm_backward", cvfm_backward_flops),
+        ("cvfm_backward_", lambda features_grad, *rest, **settings: cvfm_backward_flops(*rest, **settings)),
     ):
         operator = getattr(operators, name)
         if operator not in flop_registry:

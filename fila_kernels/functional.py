@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fila_kernels import dispatch, native, ops, planner, reference
-from fila_kernels.validation import check_crop_resize, check_cvfm, check_in_place
+from fila_kernels.validation import check_crop_resize, check_cvfm, check_features_grad, check_in_place
 
 _ops = getattr(torch.ops, ops.NAMESPACE)
 _INPUTS = (
@@ -37,19 +37,41 @@ def _once(gradients: tuple[Tensor, ...], sources: tuple[Tensor, ...]) -> tuple[T
     return gradients
 
 
+class _AddInto(torch.autograd.Function):
+    """Adds the gradient to a tensor in place of passing it on."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, total: Tensor) -> Tensor:
+        ctx.total = total
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        with torch.no_grad():
+            ctx.total.add_(grad)
+        return None, None
+
+
+# Saved tensors must not change, and a gradient that several calls add to does: it is kept beside them.
 class _CropResize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, boxes: Tensor, image_index: Tensor, size: int, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, boxes: Tensor, image_index: Tensor, size: int, backend: str,
+        features_grad: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(boxes, image_index)
-        ctx.maps, ctx.backend = tuple(features.shape[:3]), backend
+        ctx.maps, ctx.backend, ctx.features_grad = tuple(features.shape[:3]), backend, features_grad
         return _ops.crop_resize(features, boxes, image_index, size, backend)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         boxes, image_index = ctx.saved_tensors
         with torch.no_grad():
+            if ctx.features_grad is not None:
+                _ops.crop_resize_backward_(ctx.features_grad, grad, boxes, image_index, ctx.backend)
+                return None, None, None, None, None, None
             found = _ops.crop_resize_backward(grad, boxes, image_index, *ctx.maps, ctx.backend)
-        return *_once((found,), (grad,)), None, None, None, None
+        return *_once((found,), (grad,)), None, None, None, None, None
 
 
 class _Cvfm(torch.autograd.Function):
@@ -57,7 +79,7 @@ class _Cvfm(torch.autograd.Function):
     def forward(
         ctx: Any, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor,
         fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, alpha: Tensor,
-        num_prefix_tokens: int, gate: str, plan: str, recompute: bool, backend: str,
+        num_prefix_tokens: int, gate: str, plan: str, recompute: bool, backend: str, features_grad: Tensor | None,
     ) -> Tensor:  # fmt: skip
         inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
         needs = ctx.needs_input_grad
@@ -69,7 +91,7 @@ class _Cvfm(torch.autograd.Function):
             *inputs, num_prefix_tokens, gate, plan, save_hidden, save_branch, backend
         )
         ctx.save_for_backward(*inputs, hidden, branch)
-        ctx.settings, ctx.backend = (num_prefix_tokens, gate, plan), backend
+        ctx.settings, ctx.backend, ctx.features_grad = (num_prefix_tokens, gate, plan), backend, features_grad
         return out
 
     @staticmethod
@@ -77,16 +99,22 @@ class _Cvfm(torch.autograd.Function):
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6, 7, 8)]
         # Read once: checkpointing computes saved tensors again at every look.
         saved = ctx.saved_tensors
+        arguments = grad, *saved, *ctx.settings, needs, ctx.backend
         with torch.no_grad():
-            found = _ops.cvfm_backward(grad, *saved, *ctx.settings, needs, ctx.backend)
+            if ctx.features_grad is None:
+                found = _ops.cvfm_backward(*arguments)
+            else:
+                found = _ops.cvfm_backward_(ctx.features_grad, *arguments)
+                needs[1] = False
         found = _once(found, (grad, *saved[:9]))
         tokens, features, *parameters = (g if n else None for g, n in zip(found, needs, strict=True))
-        return tokens, features, None, None, *parameters, None, None, None, None, None
+        return tokens, features, None, None, *parameters, None, None, None, None, None, None
 
 
 def crop_resize(
-    features: Tensor, boxes: Tensor, image_index: Tensor, size: int, *, backend: str | None = None
-) -> Tensor:
+    features: Tensor, boxes: Tensor, image_index: Tensor, size: int, *, backend: str | None = None,
+    features_grad: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Crop a box from each tile's feature map and resize it bilinearly, reading only the cells that count.
 
     Args:
@@ -95,6 +123,7 @@ def crop_resize(
         image_index: [T] int32 or int64, the map each box is cut from.
         size: samples per side of the result.
         backend: "reference", "torch", "triton" or None for the default; see `fila_kernels.dispatch.resolve`.
+        features_grad: as in `cvfm`.
 
     Returns:
         [T, size, size, C] in the dtype of `features`, a new contiguous tensor.
@@ -117,10 +146,12 @@ def crop_resize(
         [2.5, 4.5, 10.5, 12.5]
     """
     check_crop_resize(features, boxes, image_index, size)
+    check_features_grad(features_grad, features)
     name, _ = dispatch.resolve(backend, None, features.device, features.dtype)
     if name == "reference":
+        features = features if features_grad is None else _AddInto.apply(features, features_grad)
         return reference.crop_resize(features, boxes, image_index, size)
-    return _CropResize.apply(features, boxes, image_index, size, name)
+    return _CropResize.apply(features, boxes, image_index, size, name, features_grad)
 
 
 def cvfm(
@@ -139,6 +170,7 @@ def cvfm(
     plan: str | None = None,
     backend: str | None = None,
     recompute: bool = False,
+    features_grad: Tensor | None = None,
 ) -> Tensor:
     """ConvNeXt-ViT deep fusion: add to each patch token what an MLP makes of it and its region of a feature map.
 
@@ -157,6 +189,9 @@ def cvfm(
             planner choose; see `explain`.
         backend: "reference", "torch", "triton" or None for the default: triton on CUDA tensors, else torch.
         recompute: save nothing but the inputs for the backward pass and compute the MLP again there.
+        features_grad: [B, h, w, C], contiguous, in the dtype of `features` or float32: the backward pass adds the
+            features' gradient to it, in place, and hands none to autograd. Several calls that share maps then touch
+            only the cells that they read, where autograd would add up whole maps. `features` has to require a gradient.
 
     Returns:
         [T, P + N, D], a new contiguous tensor in the dtype of `tokens`.
@@ -190,7 +225,16 @@ def cvfm(
         torch.Size([2, 17, 8])
         >>> torch.equal(out[:, 0], tokens[:, 0])
         True
+
+        Several calls on the same maps, whose gradient is then handed on as a whole::
+
+            maps, total = features.detach().requires_grad_(), torch.zeros_like(features)
+            for tokens, boxes, image_index in parts:
+                out.append(cvfm(tokens, maps, boxes, image_index, *mlp, alpha, features_grad=total))
+            loss(out).backward()
+            features.backward(total)
     """
+    check_features_grad(features_grad, features)
     if tokens.device.type != "meta" and torch.is_autocast_enabled(tokens.device.type):
         dtype = torch.get_autocast_dtype(tokens.device.type)
         tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha = (
@@ -202,9 +246,10 @@ def cvfm(
     width = max(tokens.shape[2], fc1_weight.shape[0]) if plan == "single_pass" else None
     name, _ = dispatch.resolve(backend, plan, tokens.device, tokens.dtype, width)
     if name == "reference":
-        return reference.cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate)
+        maps = features if features_grad is None else _AddInto.apply(features, features_grad)
+        return reference.cvfm(tokens, maps, *inputs[2:], num_prefix_tokens=num_prefix_tokens, gate=gate)
     if torch.is_grad_enabled():
-        return _Cvfm.apply(*inputs, num_prefix_tokens, gate, plan or "", recompute, name)
+        return _Cvfm.apply(*inputs, num_prefix_tokens, gate, plan or "", recompute, name, features_grad)
     return _ops.cvfm_forward(*inputs, num_prefix_tokens, gate, plan or "", False, False, name)[0]
 
 

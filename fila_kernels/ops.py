@@ -34,6 +34,9 @@ _SCHEMAS = {
         "(Tensor grad, Tensor boxes, Tensor image_index, SymInt images, SymInt height, SymInt width, "
         'str backend="torch") -> Tensor'
     ),
+    "crop_resize_backward_": (
+        '(Tensor(a!) features_grad, Tensor grad, Tensor boxes, Tensor image_index, str backend="torch") -> ()'
+    ),
     "cvfm_forward": (
         f"({_INPUTS}, SymInt num_prefix_tokens, str gate, str plan, bool save_hidden, bool save_branch, "
         'str backend="torch") '
@@ -46,6 +49,11 @@ _SCHEMAS = {
     "cvfm_backward": (
         f"(Tensor grad, {_INPUTS}, Tensor hidden, Tensor branch, SymInt num_prefix_tokens, str gate, str plan, "
         'bool[] needs, str backend="torch") '
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "cvfm_backward_": (
+        f"(Tensor(a!) features_grad, Tensor grad, {_INPUTS}, Tensor hidden, Tensor branch, SymInt num_prefix_tokens, "
+        'str gate, str plan, bool[] needs, str backend="torch") '
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }
@@ -123,6 +131,18 @@ def _crop_resize_backward_fake(grad, boxes, image_index, images, height, width, 
     return grad.new_empty((images, height, width, grad.shape[3]))
 
 
+def _crop_resize_backward_accumulated(features_grad, grad, boxes, image_index, backend="torch"):
+    torch.autograd.graph.increment_version(features_grad)
+    if grad.numel():
+        maps = tuple(features_grad.shape[:3])
+        _implementation(backend).crop_resize_backward(grad, boxes, image_index, maps, features_grad)
+
+
+def _nothing_fake(*arguments, **settings):
+    """Of operators that write into an argument and return nothing."""
+    return None
+
+
 def _cvfm_forward(
     tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
     num_prefix_tokens, gate, plan, save_hidden, save_branch, backend="torch",
@@ -164,30 +184,39 @@ def _cvfm_forward_in_place(
         _implementation(backend).forward(call, None, None, in_place=True)
 
 
-def _cvfm_forward_in_place_fake(*arguments, **settings):
-    return None
+def _gradients(features_grad, grad, inputs, hidden, branch, num_prefix_tokens, gate, plan, needs, backend):
+    """The seven results of both operators of the backward pass."""
+    tokens, features, _, _, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha = inputs
+    likes = [tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha]
+    if tokens.numel() == 0:
+        returned = [need and not (slot == 1 and features_grad is not None) for slot, need in enumerate(needs)]
+        return tuple(result.zero_() for result in _backward_results(likes, returned))
+    shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
+    with _no_autocast(tokens.device):
+        results = _implementation(backend).backward(
+            _call(inputs, shape, gate, plan, backend), grad, hidden if hidden.dim() == 2 else None,
+            branch if branch.dim() == 2 else None, eager_backward.Needs(*needs), features_grad,
+        )  # fmt: skip
+    return tuple(
+        like.new_empty((0,)) if result is None else result for result, like in zip(results, likes, strict=True)
+    )
 
 
 def _cvfm_backward(
     grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha, hidden, branch,
     num_prefix_tokens, gate, plan, needs, backend="torch",
 ):  # fmt: skip
-    inputs = [tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha]
-    if tokens.numel() == 0:
-        return tuple(result.zero_() for result in _backward_results(inputs, needs))
-    shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
-    with _no_autocast(tokens.device):
-        call = _call(
-            (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha),
-            shape, gate, plan, backend,
-        )  # fmt: skip
-        results = _implementation(backend).backward(
-            call, grad, hidden if hidden.dim() == 2 else None, branch if branch.dim() == 2 else None,
-            eager_backward.Needs(*needs),
-        )  # fmt: skip
-    return tuple(
-        like.new_empty((0,)) if result is None else result for result, like in zip(results, inputs, strict=True)
-    )
+    inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
+    return _gradients(None, grad, inputs, hidden, branch, num_prefix_tokens, gate, plan, needs, backend)
+
+
+def _cvfm_backward_accumulated(
+    features_grad, grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
+    hidden, branch, num_prefix_tokens, gate, plan, needs, backend="torch",
+):  # fmt: skip
+    torch.autograd.graph.increment_version(features_grad)
+    inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
+    return _gradients(features_grad, grad, inputs, hidden, branch, num_prefix_tokens, gate, plan, needs, backend)
 
 
 def _cvfm_backward_fake(
@@ -198,12 +227,22 @@ def _cvfm_backward_fake(
     return tuple(_backward_results(inputs, needs))
 
 
+def _cvfm_backward_accumulated_fake(
+    features_grad, grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
+    hidden, branch, num_prefix_tokens, gate, plan, needs, backend="torch",
+):  # fmt: skip
+    inputs = [tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha]
+    return tuple(_backward_results(inputs, [needs[0], False, *needs[2:]]))
+
+
 _IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {
     "crop_resize": (_crop_resize, _crop_resize_fake),
     "crop_resize_backward": (_crop_resize_backward, _crop_resize_backward_fake),
+    "crop_resize_backward_": (_crop_resize_backward_accumulated, _nothing_fake),
     "cvfm_forward": (_cvfm_forward, _cvfm_forward_fake),
-    "cvfm_forward_": (_cvfm_forward_in_place, _cvfm_forward_in_place_fake),
+    "cvfm_forward_": (_cvfm_forward_in_place, _nothing_fake),
     "cvfm_backward": (_cvfm_backward, _cvfm_backward_fake),
+    "cvfm_backward_": (_cvfm_backward_accumulated, _cvfm_backward_accumulated_fake),
 }
 
 for _name, _schema in _SCHEMAS.items():

@@ -106,6 +106,23 @@ def check_cvfm(
         _expect(tensor.device == tokens.device, name, f"device {tokens.device} (as tokens)", tensor.device)
 
 
+def check_features_grad(features_grad: Tensor | None, features: Tensor) -> None:
+    """Raise `ValueError` unless the features' gradient can be added to `features_grad`."""
+    if features_grad is None:
+        return
+    name = "features_grad"
+    _expect(isinstance(features_grad, Tensor), name, "a tensor", type(features_grad).__name__)
+    shape = list(features.shape)
+    _expect(features_grad.shape == features.shape, name, "shape {} (as features)", list(features_grad.shape), shape)
+    dtypes = (features.dtype, torch.float32)
+    _expect(features_grad.dtype in dtypes, name, f"dtype {features.dtype} or torch.float32", features_grad.dtype)
+    _expect(features_grad.device == features.device, name, f"device {features.device}", features_grad.device)
+    _expect(features_grad.is_contiguous(), name, "a contiguous tensor", f"strides {features_grad.stride()}")
+    _expect(not features_grad.requires_grad, name, "a tensor that requires no gradient itself", "one that does")
+    if torch.is_grad_enabled():
+        _expect(features.requires_grad, "features", "to require the gradient that features_grad is for", "no such")
+
+
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First and past-the-last byte that the tensor's elements lie in."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -113,8 +113,12 @@ def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int)
     return sum_bags(rows, bags).view(boxes.shape[0], size, size, channels)
 
 
-def crop_resize_backward(grad: Tensor, boxes: Tensor, image_index: Tensor, maps: tuple[int, int, int]) -> Tensor:
-    """[T, size, size, C] to [B, h, w, C]: each cell gathers from the samples that read it."""
+def crop_resize_backward(
+    grad: Tensor, boxes: Tensor, image_index: Tensor, maps: tuple[int, int, int], features_grad: Tensor | None = None
+) -> Tensor:
+    """[T, size, size, C] to [B, h, w, C], or added to `features_grad`: each cell gathers from the samples it was in."""
+    if features_grad is not None:
+        return features_grad.add_(crop_resize_backward(grad, boxes, image_index, maps))
     if native.serves(grad.dtype, grad.device)[0]:
         return torch.ops.fila.crop_resize_backward(dense_channels(grad), boxes, image_index, *maps, check_values=False)
     images, height, width = maps

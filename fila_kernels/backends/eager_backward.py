@@ -45,12 +45,24 @@ def _sum_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def backward(
-    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs
-) -> list[Tensor | None]:
+    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs,
+    features_grad: Tensor | None = None,
+) -> list[Tensor | None]:  # fmt: skip
     """Gradients of tokens, features, fc1 weight and bias, fc2 weight and bias, alpha; None where not needed.
 
-    `hidden` (Z) and `branch` (M) are what the forward pass saved, or None.
+    `hidden` (Z) and `branch` (M) are what the forward pass saved, or None. The features' gradient is added to
+    `features_grad` where that is given.
     """
+    results = _backward(call, grad, hidden, branch, needs)
+    if features_grad is not None and results[1] is not None:
+        features_grad.add_(results[1])
+        results[1] = None
+    return results
+
+
+def _backward(
+    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs
+) -> list[Tensor | None]:
     closed = call.closed()
     if hidden is None and (branch is None or needs.inner or needs.fc2_weight) and (needs.alpha or not closed):
         hidden = _recompute_hidden(call)

@@ -164,17 +164,20 @@ def hidden_grad_kernel(
 def input_epilogue(
     acc, row, i_col, is_token, closed, p_grad, p_tokens_grad, p_sampled_grad, num_rows, length, prefix,
     token_width, feature_width, stride_t, stride_l,
-    TOKENS: tl.constexpr, FEATURES: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, ACCUMULATE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     if SPLIT > 1:
         left, right = halves(acc, BLOCK_M, BLOCK_N)
         input_epilogue(
             left, row, i_col, is_token, closed, p_grad, p_tokens_grad, p_sampled_grad, num_rows, length, prefix,
-            token_width, feature_width, stride_t, stride_l, TOKENS, FEATURES, SPLIT // 2, BLOCK_M, BLOCK_N // 2,
+            token_width, feature_width, stride_t, stride_l, TOKENS, FEATURES, ACCUMULATE, SPLIT // 2, BLOCK_M,
+            BLOCK_N // 2,
         )  # fmt: skip
         input_epilogue(
             right, row, i_col + BLOCK_N // 2, is_token, closed, p_grad, p_tokens_grad, p_sampled_grad, num_rows, length,
-            prefix, token_width, feature_width, stride_t, stride_l, TOKENS, FEATURES, SPLIT // 2, BLOCK_M, BLOCK_N // 2,
+            prefix, token_width, feature_width, stride_t, stride_l, TOKENS, FEATURES, ACCUMULATE, SPLIT // 2, BLOCK_M,
+            BLOCK_N // 2,
         )  # fmt: skip
     else:
         column = i_col + tl.arange(0, BLOCK_N)
@@ -195,6 +198,8 @@ def input_epilogue(
             if not is_token:
                 p_rows = p_sampled_grad + (flat * feature_width)[:, None] + column[None, :]
                 inside = in_rows & (column < feature_width)[None, :]
+                if ACCUMULATE:
+                    acc += tl.load(p_rows, mask=inside, other=0.0).to(tl.float32)
                 tl.store(p_rows, acc.to(p_sampled_grad.dtype.element_ty), mask=inside)
 
 
@@ -202,10 +207,13 @@ def input_epilogue(
 def input_grad_kernel(
     hidden_grad, w, p_alpha, p_grad, p_tokens_grad, p_sampled_grad,
     num_rows, length, prefix, token_width, feature_width, hidden_width, stride_t, stride_l, stride_w,
-    TOKENS: tl.constexpr, FEATURES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, ACCUMULATE: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dX [T, L, D] and dS [T, L, C], or the map's own rows: blocks of W1's columns, the tokens' first."""
+    """dX [T, L, D] and dS [T, L, C], or the map's own rows: blocks of W1's columns, the tokens' first.
+
+    ACCUMULATE adds the map's rows to what is there.
+    """
     closed = tl.load(p_alpha).to(tl.float32) == 0.0
     blocks_x = tl.cdiv(token_width, BLOCK_N) if TOKENS else 0
     blocks_n = blocks_x + (tl.cdiv(feature_width, BLOCK_N) if FEATURES else 0)
@@ -223,7 +231,7 @@ def input_grad_kernel(
         )  # fmt: skip
         input_epilogue(
             acc, row, i_col, is_token, closed, p_grad, p_tokens_grad, p_sampled_grad, num_rows, length, prefix,
-            token_width, feature_width, stride_t, stride_l, TOKENS, FEATURES, SPLIT, BLOCK_M, BLOCK_N,
+            token_width, feature_width, stride_t, stride_l, TOKENS, FEATURES, ACCUMULATE, SPLIT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 

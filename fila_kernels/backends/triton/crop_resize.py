@@ -125,9 +125,12 @@ def tap_weight(p_taps, p_weights, sample, cell, mask):
 def crop_resize_bwd_kernel(
     p_grad, p_taps, p_weights, p_ranges, p_order, p_bounds, p_alpha, p_out,
     height, width, channels, size, stride_t, stride_y, stride_x, stride_c,
-    GATED: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
+    GATED: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One block of cells of one map times one block of channels: cells that no sample reads get their zero here."""
+    """One block of cells of one map times one block of channels: cells that no sample reads get their zero here.
+
+    ACCUMULATE adds to what is there, and neither reads nor writes cells that no sample reads.
+    """
     blocks_c = tl.cdiv(channels, BLOCK_C)
     blocks_cells = tl.cdiv(height * width, BLOCK_CELLS)
     i_c = tl.program_id(0) % blocks_c
@@ -140,6 +143,7 @@ def crop_resize_bwd_kernel(
     y = cell // width
     x = cell % width
     total = tl.zeros((BLOCK_CELLS, BLOCK_C), dtype=tl.float32)
+    written = in_map if not ACCUMULATE else cell < 0
     past = height + width  # from a cell's first sample to its last in `ranges`
     for slot in range(tl.load(p_bounds + i_b), tl.load(p_bounds + i_b + 1)):
         i_t = tl.load(p_order + slot).to(tl.int64)
@@ -150,6 +154,8 @@ def crop_resize_bwd_kernel(
         count_x = tl.load(p_range + past + height + x, mask=in_map, other=0) - first_x
         # A cell that no row or no column of samples reaches is left out of both loops.
         touched = (count_y > 0) & (count_x > 0)
+        if ACCUMULATE:
+            written |= touched
         most_y = tl.max(tl.where(touched, count_y, 0), 0)
         most_x = tl.max(tl.where(touched, count_x, 0), 0)
         p_axis = p_taps + i_t * 2 * size
@@ -171,7 +177,10 @@ def crop_resize_bwd_kernel(
         total = tl.where(tl.load(p_alpha).to(tl.float32) == 0.0, 0.0, total)
     row = i_b.to(tl.int64) * height * width + cell
     p_cells = p_out + row[:, None] * channels + channel[None, :]
-    tl.store(p_cells, total.to(p_out.dtype.element_ty), mask=in_map[:, None] & in_channels[None, :])
+    inside = written[:, None] & in_channels[None, :]
+    if ACCUMULATE:
+        total += tl.load(p_cells, mask=inside, other=0.0).to(tl.float32)
+    tl.store(p_cells, total.to(p_out.dtype.element_ty), mask=inside)
 
 
 class Tables(NamedTuple):
@@ -226,11 +235,12 @@ def crop_tables(boxes: Tensor, image_index: Tensor, size: int, maps: tuple[int, 
 
 
 def crop_resize_bwd(
-    grad: Tensor, tables: Tables, size: int, out: Tensor, alpha: Tensor | None = None, config: Config | None = None
-) -> None:
-    """Samples' gradients [T, size, size, C] of any stride into the dense map `out` [B, h, w, C].
+    grad: Tensor, tables: Tables, size: int, out: Tensor, alpha: Tensor | None = None, accumulate: bool = False,
+    config: Config | None = None,
+) -> None:  # fmt: skip
+    """Samples' gradients [T, size, size, C] of any stride into the dense map `out` [B, h, w, C], or added to it.
 
-    With `alpha`, a gate of zero makes the result zero.
+    With `alpha`, a gate of zero makes the sum zero.
     """
     images, height, width, channels = out.shape
     problem = Problem("crop_resize_backward", images * height * width, channels, 0, out.dtype)
@@ -240,6 +250,6 @@ def crop_resize_bwd(
         crop_resize_bwd_kernel,
         (images * blocks(height * width, config.block_rows) * blocks(channels, config.block_columns),),
         grad, *tables, alpha, out, height, width, channels, size, *grad.stride(),
-        GATED=alpha is not None, BLOCK_CELLS=config.block_rows, BLOCK_C=config.block_columns,
+        GATED=alpha is not None, ACCUMULATE=accumulate, BLOCK_CELLS=config.block_rows, BLOCK_C=config.block_columns,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -22,12 +22,15 @@ def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int)
     return out
 
 
-def crop_resize_backward(grad: Tensor, boxes: Tensor, image_index: Tensor, maps: tuple[int, int, int]) -> Tensor:
-    """[T, size, size, C] of any stride to the dense [B, h, w, C]."""
+def crop_resize_backward(
+    grad: Tensor, boxes: Tensor, image_index: Tensor, maps: tuple[int, int, int], features_grad: Tensor | None = None
+) -> Tensor:
+    """[T, size, size, C] of any stride to the dense [B, h, w, C], or added to `features_grad`."""
     size = grad.shape[1]
-    out = grad.new_empty((*maps, grad.shape[3]))
+    out = grad.new_empty((*maps, grad.shape[3])) if features_grad is None else features_grad
     with device_guard(grad.device):
-        crop_resize_bwd(grad, crop_tables(boxes, image_index, size, maps, True), size, out)
+        tables = crop_tables(boxes, image_index, size, maps, True)
+        crop_resize_bwd(grad, tables, size, out, accumulate=features_grad is not None)
     return out
 
 
@@ -78,18 +81,20 @@ def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: 
 
 
 def backward(
-    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs
-) -> list[Tensor | None]:
+    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs,
+    features_grad: Tensor | None = None,
+) -> list[Tensor | None]:  # fmt: skip
     """Gradients of tokens, features, fc1 weight and bias, fc2 weight and bias, alpha; None where not needed.
 
-    `hidden` (Z) and `branch` (M) are what the forward pass saved, or None.
+    `hidden` (Z) and `branch` (M) are what the forward pass saved, or None. The features' gradient is added to
+    `features_grad` where that is given.
     """
     with device_guard(grad.device):
-        return _backward(call, dense_rows(grad), hidden, branch, needs)
+        return _backward(call, dense_rows(grad), hidden, branch, needs, features_grad)
 
 
 def _backward(
-    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs
+    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs, features_grad: Tensor | None
 ) -> list[Tensor | None]:
     shape, product = call.shape, call.gate == "product"
     results: list[Tensor | None] = [None] * 7
@@ -141,13 +146,14 @@ def _backward(
         products.weight_gradient(call, *rows, weight_grad, "parameter" if product else "scaled")
     del branch_grad, activated
     if hidden_grad is not None:
-        _inner_gradients(call, grad, hidden_grad, sampled, needs, results)
+        _inner_gradients(call, grad, hidden_grad, sampled, needs, results, features_grad)
     return results
 
 
 def _inner_gradients(
-    call: Call, grad: Tensor, hidden_grad: Tensor, sampled: Tensor | None, needs: Needs, results: list[Tensor | None]
-) -> None:
+    call: Call, grad: Tensor, hidden_grad: Tensor, sampled: Tensor | None, needs: Needs, results: list[Tensor | None],
+    features_grad: Tensor | None,
+) -> None:  # fmt: skip
     """What follows from dZ [T, L, H]: the tokens', the features' and fc1's weight's gradients."""
     shape, plan = call.shape, call.plan
     weight_projects = needs.fc1_weight and plan.weight_gradient == "project_first"
@@ -166,14 +172,16 @@ def _inner_gradients(
         gathered = call.tokens.new_empty((*_maps(call), shape.hidden_width))
         _gather(call, hidden_grad, tables, gathered)
     if needs.features:
-        results[1] = features_grad = _dense_like(call.features)
+        accumulate = features_grad is not None
+        if features_grad is None:
+            results[1] = features_grad = _dense_like(call.features)
         if feature_projects:  # dF = dP W1s
             assert gathered is not None
-            products.input_gradient(call, gathered, grad, None, features_grad)
+            products.input_gradient(call, gathered, grad, None, features_grad, accumulate)
         else:  # dF = R' dS
             assert sampled_grad is not None
             assert tables is not None
-            _gather(call, sampled_grad, tables, features_grad)
+            _gather(call, sampled_grad, tables, features_grad, accumulate)
     if needs.fc1_weight:
         weight_grad = _dense_like(call.fc1_weight)
         inner = hidden_grad[:, shape.prefix :]
@@ -188,8 +196,8 @@ def _inner_gradients(
         results[2] = weight_grad
 
 
-def _gather(call: Call, rows: Tensor, tables: Tables, out: Tensor) -> None:
+def _gather(call: Call, rows: Tensor, tables: Tables, out: Tensor, accumulate: bool = False) -> None:
     """Flat rows [T, L, width] of the samples gathered into the cells of `out`."""
     shape = call.shape
     samples = rows[:, shape.prefix :].unflatten(1, (shape.grid, shape.grid))
-    crop_resize_bwd(samples, tables, shape.grid, out, call.alpha)
+    crop_resize_bwd(samples, tables, shape.grid, out, call.alpha, accumulate)

@@ -171,9 +171,12 @@ def hidden_gradient(
 
 def input_gradient(
     call: Call, hidden_grad: Tensor, grad: Tensor, tokens_grad: Tensor | None, sampled_grad: Tensor | None,
-    config: Config | None = None,
+    accumulate: bool = False, config: Config | None = None,
 ) -> None:  # fmt: skip
-    """dX = dY + dZ W1x into `tokens_grad` [T, L, D] and dZ W1s into `sampled_grad`, for rows of dZ [..., H] at all."""
+    """dX = dY + dZ W1x into `tokens_grad` [T, L, D] and dZ W1s into `sampled_grad`, for rows of dZ [..., H] at all.
+
+    With `accumulate`, `sampled_grad` is added to.
+    """
     shape = call.shape
     weight = dense_rows(call.fc1_weight)
     a = hidden_grad.view(-1, shape.hidden_width)
@@ -193,7 +196,7 @@ def input_gradient(
         call.alpha, grad, tokens_grad, sampled_grad,
         a.shape[0], shape.prefix + shape.patches, shape.prefix, shape.token_width, shape.feature_width,
         shape.hidden_width, grad.stride(0), grad.stride(1), weight.stride(0),
-        TOKENS=tokens_grad is not None, FEATURES=sampled_grad is not None, **how.constants,
+        TOKENS=tokens_grad is not None, FEATURES=sampled_grad is not None, ACCUMULATE=accumulate, **how.constants,
     )  # fmt: skip
 
 
