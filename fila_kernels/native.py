@@ -3,6 +3,8 @@
 After a successful `load` its operators are at `torch.ops.fila`. Nothing in the package needs them to be there.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +17,7 @@ LIBRARY = FOLDER / "libfila_kernels.so"
 # What this version calls; a library built from older sources lacks some of it.
 OPERATORS = ("crop_resize", "crop_resize_backward", "cvfm", "cvfm_forward", "gate_backward")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_left_out = False
 
 
 @cache
@@ -45,8 +48,21 @@ def serves(dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         return False, f"PyTorch calls: the compiled operators run on the CPU, not on {device.type}"
     if dtype not in DTYPES:
         return False, f"PyTorch calls: the compiled operators take float32, bfloat16 and float64, not {dtype}"
+    if _left_out:
+        return False, "PyTorch calls: the compiled operators were left out"
     loaded, reason = load()
     return loaded, "compiled CPU operators" if loaded else f"PyTorch calls: the native library is {reason}"
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """PyTorch calls only, as where nothing was compiled: what the compiled operators are measured against."""
+    global _left_out
+    before, _left_out = _left_out, True
+    try:
+        yield
+    finally:
+        _left_out = before
 
 
 def _crop_resize_fake(features, boxes, image_index, size, *, check_values=True):  # type: ignore[no-untyped-def]
