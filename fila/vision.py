@@ -179,31 +179,39 @@ class FilaVisionModel(PreTrainedModel):
         layouts = self.layouts(pixel_values, high_res_pixel_values, image_sizes)
         groups = group_views(layouts, self.config.convnext_strides, pixel_values.device)
         order = [i for group in groups for i in group.images]
-        dtype = self.vit.embeddings.patch_embedding.weight.dtype
-        x = torch.cat([pixel_values[i, : layouts[i].num_views] for i in order]).to(dtype)
-        x = self.vit.pre_layrnorm(self.vit.embeddings(x))
-        views = [len(group.image_index) for group in groups]
-
-        maps: list[list[Tensor]] = []
+        views = torch.cat([pixel_values[i, : layouts[i].num_views] for i in order])
+        rasters = []
         if self.convnext is not None:
             assert high_res_pixel_values is not None
             for group in groups:
                 height, width = group.raster
-                maps.append(self.convnext(high_res_pixel_values[group.images, :, :height, :width].to(dtype)))
+                rasters.append(high_res_pixel_values[group.images, :, :height, :width])
+        x = self.encode(views, rasters, groups, **kwargs)
+        if order != sorted(order):
+            parts = dict(zip(order, x.split([layouts[i].num_views for i in order]), strict=True))
+            x = torch.cat([parts[i] for i in range(len(layouts))])
+        return BaseModelOutput(last_hidden_state=x)
+
+    def encode(self, views: Tensor, rasters: list[Tensor], groups: list[ViewGroup], **kwargs) -> Tensor:
+        """[T, 3, tile, tile] views, group by group, and each group's rasters [B_group, 3, h, w]: [T, 1 + N, D].
+
+        Without fusion there are no rasters. It looks at no value, so that `torch.export` can trace it (`fila.export`).
+        """
+        dtype = self.vit.embeddings.patch_embedding.weight.dtype
+        x = self.vit.pre_layrnorm(self.vit.embeddings(views.to(dtype)))
+        maps = [self.convnext(raster.to(dtype)) for raster in rasters] if self.convnext is not None else []
         stage_of_layer = {layer: stage for stage, layer in enumerate(self.config.fusion_layers or [])} if maps else {}
+        counts = [group.image_index.shape[0] for group in groups]
         for i, layer in enumerate(self.vit.layers):
             x = layer(x, None, **kwargs)
             stage = stage_of_layer.get(i)
             if stage is not None:
                 fused = [
                     self.fusion[stage](x_group, maps[g][stage], groups[g].boxes[stage], groups[g].image_index)
-                    for g, x_group in enumerate(x.split(views))
+                    for g, x_group in enumerate(x.split(counts) if len(counts) > 1 else [x])
                 ]
                 x = fused[0] if len(fused) == 1 else torch.cat(fused)
-        if order != sorted(order):
-            parts = dict(zip(order, x.split([layouts[i].num_views for i in order]), strict=True))
-            x = torch.cat([parts[i] for i in range(len(layouts))])
-        return BaseModelOutput(last_hidden_state=x)
+        return x
 
     def layouts(self, pixel_values: Tensor, high_res_pixel_values: Tensor | None, image_sizes) -> list[Layout]:
         """Each picture's layout, after checking that the tensors have room for it."""
