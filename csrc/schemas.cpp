@@ -28,4 +28,6 @@ STABLE_TORCH_LIBRARY(fila, m) {
   // The product gate's derivative: grad, branch [rows, D]  ->  out = alpha (1 - tanh^2(alpha branch)) grad, and the sum
   // of (1 - tanh^2) grad branch, float64 [1], which is alpha's gradient.
   m.def("gate_backward(Tensor grad, Tensor branch, Tensor alpha, Tensor(a!) out) -> Tensor");
+  // What the library was built with, as lines of key=value; see csrc/build_info.cpp.
+  m.def("build_info() -> str");
 }

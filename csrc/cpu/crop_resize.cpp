@@ -103,9 +103,9 @@ void gather(const Tensor& features, const Taps& taps, const Geometry& g, const T
 }
 
 Tensor crop_resize(Tensor features, Tensor boxes, Tensor image_index, int64_t size, bool check_values) {
-  check_map(kOp, "features", features, "[B, h, w, C]");
+  check_map(kOp, "features", features, "[B, h, w, C]", Device::kCpu);
   const Geometry g{features.size(0), features.size(1), features.size(2), boxes.dim() == 2 ? boxes.size(0) : 0, size};
-  check_boxes(kOp, boxes, image_index, g);
+  check_boxes(kOp, boxes, image_index, g, features);
   checked_product(kOp, "a result", {g.tiles, size, size, features.size(3)});
   const Taps taps = make_taps(kOp, boxes, image_index, g, check_values);
 

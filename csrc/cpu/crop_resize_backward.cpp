@@ -219,16 +219,7 @@ Tensor untouched_zeros(const Tensor& like, const std::vector<int64_t>& sizes, in
 
 Tensor crop_resize_backward(Tensor grad, Tensor boxes, Tensor image_index, int64_t images, int64_t height,
                             int64_t width, bool check_values) {
-  check_map(kOp, "grad", grad, "[T, size, size, C]");
-  require(grad.size(1) == grad.size(2), kOp, "expected grad of shape [T, size, size, C], got ", grad);
-  const Geometry g{images, height, width, grad.size(0), grad.size(1)};
-  for (const int64_t side : {images, height, width}) {
-    require(side >= 0 && side <= kMaxSide, kOp, "expected images, height and width between 0 and ", kMaxSide, ", got ",
-            images, ", ", height, " and ", width);
-  }
-  require(boxes.dim() != 2 || boxes.size(0) == g.tiles, kOp, "expected boxes of shape [", g.tiles,
-          ", 4] (one a tile of grad), got ", boxes);
-  check_boxes(kOp, boxes, image_index, g);
+  const Geometry g = check_backward(kOp, grad, boxes, image_index, images, height, width, Device::kCpu);
   const std::vector<int64_t> sizes{images, height, width, grad.size(3)};
   const int64_t element = grad.element_size();
   const int64_t bytes = element * checked_product(kOp, "a gradient", {images, height, width, grad.size(3)});

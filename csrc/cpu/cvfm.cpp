@@ -323,7 +323,7 @@ Tensor cvfm_forward(Tensor tokens, Tensor features, Tensor boxes, Tensor image_i
   require(gate == "product" || gate == "scale", kOp, "expected gate 'product' or 'scale', got '", gate, "'");
   require(plan == "sample_first" || plan == "project_first", kOp,
           "expected plan 'sample_first' or 'project_first', got '", plan, "'");
-  check_map(kOp, "features", features, "[B, h, w, C]");
+  check_map(kOp, "features", features, "[B, h, w, C]", Device::kCpu);
   require(tokens.dim() == 3, kOp, "expected tokens of shape [T, P + N, D], got ", tokens);
   require_cpu(kOp, "tokens", tokens);
   require(tokens.scalar_type() == features.scalar_type(), kOp, "expected features of dtype ",
@@ -340,7 +340,7 @@ Tensor cvfm_forward(Tensor tokens, Tensor features, Tensor boxes, Tensor image_i
   const Geometry g{features.size(0), features.size(1), features.size(2), tokens.size(0), s.grid};
   require(boxes.dim() != 2 || boxes.size(0) == g.tiles, kOp, "expected boxes of shape [", g.tiles,
           ", 4] (as tokens), got ", boxes);
-  check_boxes(kOp, boxes, image_index, g);
+  check_boxes(kOp, boxes, image_index, g, features);
   check_parameter("fc1_weight", fc1_weight, tokens, {s.hidden, s.width + s.channels}, "[H, D + C]");
   check_parameter("fc1_bias", fc1_bias, tokens, {s.hidden}, "[H]");
   check_parameter("fc2_weight", fc2_weight, tokens, {s.width, s.hidden}, "[D, H]");

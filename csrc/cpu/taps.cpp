@@ -4,40 +4,10 @@
 
 #include <cmath>
 
-#include "../check.h"
-
 namespace fila {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-void check_boxes(const char* op, const Tensor& boxes, const Tensor& image_index, const Geometry& geometry) {
-  require(boxes.dim() == 2 && boxes.size(1) == 4, op, "expected boxes of shape [T, 4], got ", boxes);
-  require(image_index.dim() == 1 && image_index.size(0) == boxes.size(0), op, "expected image_index of shape [",
-          boxes.size(0), "] (one entry a box), got ", image_index);
-  require_cpu(op, "boxes", boxes);
-  require_cpu(op, "image_index", image_index);
-  require(boxes.scalar_type() == ScalarType::Float, op, "expected boxes of dtype float32, got ",
-          toString(boxes.scalar_type()));
-  require(image_index.scalar_type() == ScalarType::Int || image_index.scalar_type() == ScalarType::Long, op,
-          "expected image_index of dtype int32 or int64, got ", toString(image_index.scalar_type()));
-  // Beyond 2^24 samples a side the positions of neighbours coincide, and products of sizes near their limits.
-  require(geometry.size >= 1 && geometry.size <= kMaxSide, op, "expected size between 1 and ", kMaxSide, ", got ",
-          geometry.size);
-  require(geometry.tiles == 0 || (geometry.images >= 1 && geometry.height >= 1 && geometry.width >= 1), op,
-          "expected at least one map of at least one cell, got ", geometry.images, " of ", geometry.height, " x ",
-          geometry.width);
-}
-
-void check_map(const char* op, const char* name, const Tensor& map, const char* shape) {
-  require(map.dim() == 4, op, "expected ", name, " of shape ", shape, ", got ", map);
-  require_cpu(op, name, map);
-  const ScalarType dtype = map.scalar_type();
-  require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Double, op, "expected ",
-          name, " of dtype float32, bfloat16 or float64, got ", toString(dtype));
-  require(map.size(3) <= 1 || map.stride(3) == 1, op, "expected ", name, " with unit stride over channels, got ",
-          map.stride(3), " (a channels-last copy: ", name, ".contiguous())");
-}
 
 namespace {
 

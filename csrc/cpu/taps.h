@@ -1,4 +1,4 @@
-// What the CPU operators share: the checks of maps, boxes and image indices, and the taps made of them.
+// What the CPU operators share: the taps of all tiles, made once a call.
 
 #pragma once
 
@@ -7,14 +7,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "../arguments.h"
 #include "../sampling.h"
 
 namespace fila {
-
-// B maps of height x width cells, read by T boxes with `size` samples a side.
-struct Geometry {
-  int64_t images, height, width, tiles, size;
-};
 
 // What every tile reads: its image, then `size` taps down and `size` taps across.
 struct Taps {
@@ -23,13 +19,6 @@ struct Taps {
   std::vector<Tap<double>> rows;
   std::vector<Tap<double>> columns;
 };
-
-// Refuses boxes and indices of a wrong shape, dtype or device, and sizes that make no sense.
-void check_boxes(const char* op, const torch::stable::Tensor& boxes, const torch::stable::Tensor& image_index,
-                 const Geometry& geometry);
-
-// Refuses a map that is not [B, h, w, C] on the CPU with unit stride over channels, or of an unserved dtype.
-void check_map(const char* op, const char* name, const torch::stable::Tensor& map, const char* shape);
 
 // With `check_values` a box that is not finite or ordered, or an index off the maps, is refused; without, any value is
 // safe: indices are clamped and a box that is not finite gives NaN weights.

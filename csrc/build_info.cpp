@@ -1,0 +1,24 @@
+// What the library was built with: the one thing it can say about its CUDA kernels on a machine without a GPU.
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+namespace fila {
+namespace {
+
+// Lines of "key=value": cuda, the architectures separated by spaces (nothing where there are no CUDA kernels); toolkit,
+// the CUDA compiler's version; without_cuda, why there are no CUDA kernels.
+std::string build_info() {
+  return
+#include "build_info.inc"
+      ;
+}
+
+// No tensor is among the arguments whose device could pick the kernel.
+STABLE_TORCH_LIBRARY_IMPL(fila, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+}
+
+}  // namespace
+}  // namespace fila

@@ -1,0 +1,25 @@
+// What every launch of a CUDA kernel goes through: torch's current stream, and an error that names the kernel.
+
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+namespace fila {
+
+// Torch's current stream on a device. Throws where torch was built without CUDA.
+cudaStream_t current_stream(int32_t device);
+
+// Throws what the launch of `kernel` just before has set: its name, the shape it was launched for, the error. The shape
+// is whatever tells one call from another.
+void check_launch(const char* kernel, std::initializer_list<int64_t> shape);
+
+// The same for a call of the runtime itself.
+void check_cuda(cudaError_t status, const char* kernel, std::initializer_list<int64_t> shape);
+
+// The compute capability of a device, major * 10 + minor.
+int compute_capability(int32_t device);
+
+}  // namespace fila
