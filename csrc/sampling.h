@@ -42,6 +42,16 @@ FILA_HOST_DEVICE int64_t clamp_cell(int64_t value, int64_t cells) {
   return value < 0 ? 0 : (value > cells - 1 ? cells - 1 : value);
 }
 
+// No map has cells so far out; integer arithmetic on numbers within it stays far from overflow.
+constexpr int64_t kReach = int64_t(1) << 40;
+
+// Where a box's own frame begins. A box from beyond reach has no digits to lose: its frame is the map's.
+template <typename Real>
+FILA_HOST_DEVICE Real box_origin(Real low) {
+  const Real reach = static_cast<Real>(kReach);
+  return low > -reach && low < reach ? std::floor(low) : Real(0);
+}
+
 // The tap of sample `index` of `size` along an axis of `cells` >= 1 cells. Real is the type of the arithmetic: double
 // follows the definition to the last bit, float is what a GPU kernel wants.
 template <typename Real>
@@ -53,7 +63,7 @@ FILA_HOST_DEVICE Tap<Real> box_tap(float box_low, float box_high, int64_t index,
     return {0, 0, static_cast<Real>(NAN)};
   }
 
-  const Real origin = std::floor(low);
+  const Real origin = box_origin(low);
   const Real start = low - origin;
   Real position;
   if (extent >= Real(1)) {
@@ -63,12 +73,10 @@ FILA_HOST_DEVICE Tap<Real> box_tap(float box_low, float box_high, int64_t index,
     position = start + (extent - Real(1)) / Real(2);
   }
 
-  // A box may lie anywhere; beyond a map's reach on either side all positions read the border cell, and the integer
-  // arithmetic below stays far from overflow.
-  const Real reach = static_cast<Real>(int64_t(1) << 40);
+  // A box may lie anywhere: beyond reach on either side all positions read the border cell.
+  const Real reach = static_cast<Real>(kReach);
   const Real cell = std::floor(position);
-  const int64_t first =
-      static_cast<int64_t>(clamp_real(origin, -reach, reach)) + static_cast<int64_t>(clamp_real(cell, -reach, reach));
+  const int64_t first = static_cast<int64_t>(origin) + static_cast<int64_t>(clamp_real(cell, -reach, reach));
   const int64_t last = static_cast<int64_t>(clamp_real(std::ceil(high), -reach, reach)) - 1;
 
   // Beyond the centres of the border cells the position is clamped to them, and the weight with it.
@@ -104,18 +112,18 @@ FILA_HOST_DEVICE SampleRange box_samples(float box_low, float box_high, int64_t 
   if (!std::isfinite(extent)) {
     return {0, cell == 0 ? size : 0};
   }
-  const Real origin = std::floor(low);
+  if (extent < Real(1)) {
+    // All samples lie on one spot; an inverted box's two taps may be far from each other.
+    const Tap<Real> tap = box_tap<Real>(box_low, box_high, 0, size, cells);
+    return {0, cell == tap.first || cell == tap.second ? size : 0};
+  }
+
+  // Position start + (i + 1/2) step - 1/2 solved for i, within the clamp to [start, start + extent - 1].
+  const Real origin = box_origin(low);
   const Real start = low - origin;
   const Real offset = static_cast<Real>(cell) - origin;
   const bool is_first = cell == 0;
   const bool is_last = cell == cells - 1;
-  if (extent < Real(1)) {
-    // All samples lie on one spot within a cell of the origin.
-    const bool near = offset >= Real(-2) && offset <= Real(2);
-    return {0, near || is_first || is_last ? size : 0};
-  }
-
-  // Position start + (i + 1/2) step - 1/2 solved for i, within the clamp to [start, start + extent - 1].
   const Real step = extent / static_cast<Real>(size);
   const Real most = static_cast<Real>(size);
   const Real below = (offset - Real(0.5) - start) / step - Real(0.5);

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+REACH = 2.0**40
+
 
 class Bags(NamedTuple):
     """Row r of the result is the sum over k in [offset[r], offset[r + 1]) of weight[k] * source[row[k]]."""
@@ -24,7 +26,8 @@ def axis_taps(start: Tensor, end: Tensor, size: int, cells: int) -> tuple[Tensor
     Positions are computed in the box's own frame, so that a far-away box is sampled as finely as one at the origin.
     """
     start, end = start.double()[:, None], end.double()[:, None]
-    origin = start.floor()
+    # A box from beyond any map's reach has no digits to lose: its frame is the map's.
+    origin = torch.where(start.abs() < REACH, start.floor(), 0.0)
     fraction, extent = start - origin, end - start
     # Multiplied before divided: a sample on a cell's centre then comes out exactly, and reads no neighbour.
     centre = (torch.arange(size, dtype=torch.float64, device=start.device) + 0.5) * extent / size

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fila_kernels import native, reference
+from fila_kernels.backends import eager
 
 LOADED, REASON = native.load()
 needs_library = pytest.mark.skipif(not LOADED, reason=f"native library {REASON}")
@@ -92,6 +93,22 @@ def test_boxes_off_the_map_read_the_border_cell():
     got = torch.ops.fila.crop_resize(features, torch.tensor(far), torch.zeros(3, dtype=torch.long), 2)
     for tile, (row, column) in enumerate([(0, 0), (3, 5), (0, 2)]):
         assert torch.equal(got[tile], features[0, row, column].expand(2, 2, 3))
+
+
+@needs_library
+@pytest.mark.parametrize("compiled", [True, False])
+def test_boxes_of_any_finite_size_equal_the_definition(compiled, monkeypatch):
+    """They start beyond any map, where the box's own frame has no digits left for the map's cells; forward and back."""
+    if not compiled:
+        monkeypatch.setattr(native, "serves", lambda dtype, device: (False, "for the test"))
+    edges = torch.tensor([[-3e38, 3e38], [-1e30, 2e30], [-1e17, 1e17], [-1e12, 1e12], [-1e9, 1e9], [2.5, 1e25]])
+    boxes = torch.stack([edges, edges.flip(0)], dim=-1).flatten(1)
+    features = torch.randn(1, 4, 9, 3, dtype=torch.float64, requires_grad=True)
+    index, grad = torch.zeros(len(boxes), dtype=torch.long), torch.randn(len(boxes), 5, 5, 3, dtype=torch.float64)
+    want = reference.crop_resize(features, boxes, index, 5)
+    torch.testing.assert_close(eager.crop_resize(features.detach(), boxes, index, 5), want, rtol=0, atol=1e-12)
+    got = eager.crop_resize_backward(grad, boxes, index, (1, 4, 9))
+    torch.testing.assert_close(got, torch.autograd.grad(want, features, grad)[0], rtol=0, atol=1e-12)
 
 
 @needs_library
