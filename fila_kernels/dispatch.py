@@ -5,12 +5,17 @@ import os
 
 import torch
 
+from fila_kernels import native
+
 BACKENDS = ("reference", "torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "FILA_KERNELS_BACKEND"
 
-SINGLE_PASS_WIDTH = 512  # one block of rows of the hidden activation has to stay on chip
+# One block of rows of the hidden activation has to stay on chip: in Triton within one multiprocessor, in CUDA over a
+# cluster of four, whose kernel is written for one width and capability.
+SINGLE_PASS_WIDTH = 512
+CUDA_SINGLE_PASS_WIDTH = 1024
+CUDA_SINGLE_PASS_CAPABILITY = (9, 0)
 
-_UNAVAILABLE = {"cuda": "this version has no CUDA kernels; use 'torch', which runs on any device"}
 # Both are settled before Triton is imported, and constant where torch.compile traces.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -48,14 +53,39 @@ def _triton_available(device: torch.device | None, dtype: torch.dtype | None) ->
     return True, "fused Triton kernels: NVIDIA GPUs of compute capability 8.0 and above"
 
 
+@torch.compiler.assume_constant_result
+def _cuda_build() -> tuple[native.Build | None, str]:
+    return native.build(), native.describe_cuda()
+
+
+def _cuda_available(device: torch.device | None, dtype: torch.dtype | None) -> tuple[bool, str]:
+    build, description = _cuda_build()
+    if build is None or not build.architectures:
+        return False, f"{description}; use 'torch', which runs on any device"
+    if dtype == torch.float64:
+        return False, "its kernels compute in float32 and take no float64; use 'torch' or 'reference'"
+    if device is not None and device.type != "cuda":
+        return False, f"its kernels run on CUDA tensors, these are on {device.type}; use 'torch'"
+    if not torch.cuda.is_available():
+        return False, f"no CUDA device for the {description}; use 'torch', which runs on any device"
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    capability = _capability(device.index)
+    if not build.runs_on(capability):
+        return False, (
+            f"it has {description}, and {device} has compute capability {capability[0]}.{capability[1]}; "
+            "TORCH_CUDA_ARCH_LIST names others when it is built"
+        )
+    return True, f"{description}; products of bfloat16 and float16, those of float32 are PyTorch's"
+
+
 def available(backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> tuple[bool, str]:
     """Whether `backend` can run here, or on tensors of a device and dtype, and why or why not."""
     if backend not in BACKENDS:
         return False, f"unknown; the backends are {', '.join(BACKENDS)}"
     if backend == "triton":
         return _triton_available(device, dtype)
-    if backend in _UNAVAILABLE:
-        return False, _UNAVAILABLE[backend]
+    if backend == "cuda":
+        return _cuda_available(device, dtype)
     if backend == "reference":
         return True, "the definition in plain PyTorch: any device, slow, keeps every intermediate for autograd"
     return True, "PyTorch calls with planned order and a gathering backward: any device"
@@ -69,12 +99,39 @@ def _default(device: torch.device | None, dtype: torch.dtype | None) -> tuple[st
     return "torch", f"default; {available('torch')[1]}"
 
 
+def _single_pass_obstacle(
+    backend: str, device: torch.device | None, dtype: torch.dtype | None, widths: tuple[int, int] | None
+) -> str:
+    """Why the one fused kernel cannot run, or ""."""
+    if backend == "triton":
+        if widths is not None and max(widths) > SINGLE_PASS_WIDTH:
+            return (
+                f"expected token and hidden widths of at most {SINGLE_PASS_WIDTH}, which stay on chip, "
+                f"got {max(widths)}"
+            )
+        return ""
+    if backend != "cuda":
+        return "it is one fused kernel, which only the backends 'triton' and 'cuda' have"
+    if dtype not in (torch.bfloat16, torch.float16, None):
+        return f"its kernel multiplies bfloat16 and float16, got {dtype}"
+    if widths is not None and widths != (CUDA_SINGLE_PASS_WIDTH, CUDA_SINGLE_PASS_WIDTH):
+        return f"expected token and hidden widths of {CUDA_SINGLE_PASS_WIDTH}, got {widths[0]} and {widths[1]}"
+    build, _ = _cuda_build()
+    if device is not None and (
+        _capability(device.index) != CUDA_SINGLE_PASS_CAPABILITY
+        or build is None
+        or not any(name.startswith("9.0a") for name in build.architectures)
+    ):
+        return "its kernel is for compute capability 9.0, compiled as 9.0a"
+    return ""
+
+
 def resolve(
     backend: str | None = None,
     plan: str | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    width: int | None = None,
+    widths: tuple[int, int] | None = None,
 ) -> tuple[str, str]:
     """The backend to use and the reason.
 
@@ -82,7 +139,7 @@ def resolve(
         backend: a name, or None or "auto" for the environment variable `FILA_KERNELS_BACKEND`, else the default.
         plan: a requested plan, which the backend has to offer.
         device, dtype: of the tensors; None asks about this machine in general.
-        width: the larger of token and hidden width, which the plan "single_pass" has to hold on chip.
+        widths: of tokens and hidden activation, which the plan "single_pass" has to hold on chip.
 
     Raises:
         ValueError: for an unknown name. RuntimeError: if a backend or plan that was asked for by name cannot run.
@@ -99,16 +156,13 @@ def resolve(
     usable, reason = available(named, device, dtype)
     if not usable:
         raise RuntimeError(f"backend {named!r} ({source}) cannot run: {reason}")
-    if plan == "single_pass" and named != "triton":
-        raise RuntimeError(
-            f"plan 'single_pass' cannot run on backend {named!r}: it is one fused kernel, which only the 'triton' "
-            "backend has; use 'sample_first', 'project_first' or None"
-        )
-    if plan == "single_pass" and width is not None and width > SINGLE_PASS_WIDTH:
-        raise RuntimeError(
-            f"plan 'single_pass' cannot run on backend 'triton': expected token and hidden widths of at most "
-            f"{SINGLE_PASS_WIDTH}, which stay on chip, got {width}; use 'sample_first', 'project_first' or None"
-        )
+    if plan == "single_pass":
+        obstacle = _single_pass_obstacle(named, device, dtype, widths)
+        if obstacle:
+            raise RuntimeError(
+                f"plan 'single_pass' cannot run on backend {named!r}: {obstacle}; use 'sample_first', 'project_first' "
+                "or None"
+            )
     return named, source
 
 

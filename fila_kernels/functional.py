@@ -122,7 +122,7 @@ def crop_resize(
         boxes: [T, 4] float32 y0, x0, y1, x1 in cells, cell i spanning [i, i + 1); fractions allowed. No gradient.
         image_index: [T] int32 or int64, the map each box is cut from.
         size: samples per side of the result.
-        backend: "reference", "torch", "triton" or None for the default; see `fila_kernels.dispatch.resolve`.
+        backend: "reference", "torch", "triton", "cuda" or None for the default; see `fila_kernels.dispatch.resolve`.
         features_grad: as in `cvfm`.
 
     Returns:
@@ -185,9 +185,9 @@ def cvfm(
         alpha: [1], the gate. All float tensors but `boxes` share one dtype and device.
         num_prefix_tokens: P.
         gate: "product" for tanh(alpha * M), "scale" for tanh(alpha) * M.
-        plan: "sample_first", "project_first", "single_pass" (triton only, D and H up to 512), or None to let the
-            planner choose; see `explain`.
-        backend: "reference", "torch", "triton" or None for the default: triton on CUDA tensors, else torch.
+        plan: "sample_first", "project_first", "single_pass" (triton: D and H up to 512; cuda: both 1024, on compute
+            capability 9.0), or None to let the planner choose; see `explain`.
+        backend: "reference", "torch", "triton", "cuda" or None for the default: triton on CUDA tensors, else torch.
         recompute: save nothing but the inputs for the backward pass and compute the MLP again there.
         features_grad: [B, h, w, C], contiguous, in the dtype of `features` or float32: the backward pass adds the
             features' gradient to it, in place, and hands none to autograd. Several calls that share maps then touch
@@ -243,8 +243,8 @@ def cvfm(
         )
     inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
     check_cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate, plan=plan)
-    width = max(tokens.shape[2], fc1_weight.shape[0]) if plan == "single_pass" else None
-    name, _ = dispatch.resolve(backend, plan, tokens.device, tokens.dtype, width)
+    widths = (tokens.shape[2], fc1_weight.shape[0]) if plan == "single_pass" else None
+    name, _ = dispatch.resolve(backend, plan, tokens.device, tokens.dtype, widths)
     if name == "reference":
         maps = features if features_grad is None else _AddInto.apply(features, features_grad)
         return reference.cvfm(tokens, maps, *inputs[2:], num_prefix_tokens=num_prefix_tokens, gate=gate)
@@ -293,8 +293,8 @@ def cvfm_(
     inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
     check_cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate, plan=plan)
     check_in_place(tokens, dict(zip(_INPUTS[1:], inputs[1:], strict=True)))
-    width = max(tokens.shape[2], fc1_weight.shape[0]) if plan == "single_pass" else None
-    name, _ = dispatch.resolve(backend, plan, tokens.device, tokens.dtype, width)
+    widths = (tokens.shape[2], fc1_weight.shape[0]) if plan == "single_pass" else None
+    name, _ = dispatch.resolve(backend, plan, tokens.device, tokens.dtype, widths)
     if name == "reference":
         return tokens.copy_(reference.cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate))
     _ops.cvfm_forward_(*inputs, num_prefix_tokens, gate, plan or "", name)
@@ -333,7 +333,7 @@ def explain(
     tiles, length, width = tokens
     images, height, map_width, channels = features
     device = torch.device(device)
-    name, why = dispatch.resolve(backend, plan, device, dtype, max(width, hidden_width or width))
+    name, why = dispatch.resolve(backend, plan, device, dtype, (width, hidden_width or width))
     if name == "torch":
         why += f"; forward pass, crop and resize: {native.serves(dtype, torch.device(device))[1]}"
     report = {"backend": {"choice": name, "why": why}}

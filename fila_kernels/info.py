@@ -62,7 +62,7 @@ def report() -> dict[str, Any]:
         "backend": chosen
         | {"variable": f"{dispatch.ENVIRONMENT_VARIABLE}={os.environ.get(dispatch.ENVIRONMENT_VARIABLE, '')}"},
         "backends": dispatch.backend_report(),
-        "native": {"loaded": loaded, "reason": native_reason},
+        "native": {"loaded": loaded, "reason": native_reason, "cuda": native.describe_cuda()},
         "plans": plans,
     }
 
@@ -76,6 +76,8 @@ def format_report(found: dict[str, Any]) -> str:
     for name, entry in found["backends"].items():
         lines.append(f"  {name:<10} {'yes' if entry['available'] else 'no':<4} {entry['reason']}")
     lines.append(f"native     {'yes' if found['native']['loaded'] else 'no'}: {found['native']['reason']}")
+    if found["native"]["loaded"]:
+        lines.append(f"  {'cuda':<10} {found['native']['cuda']}")
     for key, directions in found["plans"].items():
         lines.append(f"plan       {key}")
         for direction in ("forward", "weight_gradient", "feature_gradient"):

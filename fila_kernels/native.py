@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,7 @@ LIBRARY = FOLDER / "libfila_kernels.so"
 
 
 # What this version calls; a library built from older sources lacks some of it.
-OPERATORS = ("crop_resize", "crop_resize_backward", "cvfm", "cvfm_forward", "gate_backward")
+OPERATORS = ("build_info", "crop_resize", "crop_resize_backward", "cvfm", "cvfm_forward", "gate_backward")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _left_out = False
 
@@ -52,6 +53,51 @@ def serves(dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         return False, "PyTorch calls: the compiled operators were left out"
     loaded, reason = load()
     return loaded, "compiled CPU operators" if loaded else f"PyTorch calls: the native library is {reason}"
+
+
+class Build(NamedTuple):
+    """What the library was built with, as it says itself."""
+
+    architectures: tuple[str, ...]  # of its CUDA kernels, such as "9.0a"; empty without them
+    toolkit: str  # the CUDA compiler's version
+    without_cuda: str  # why it has no CUDA kernels
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether a GPU of this compute capability executes what was compiled.
+
+        Code for 8.0 runs on all of 8.x from there on, that for 9.0a on 9.0 alone; "+PTX" on whatever came later, too.
+        """
+        for name in self.architectures:
+            number, _, ptx = name.partition("+")
+            major, minor = (int(part) for part in number.rstrip("af").split("."))
+            if number[-1] == "a":
+                found = capability == (major, minor)
+            else:
+                found = capability[0] == major and capability[1] >= minor
+            if found or (ptx and number[-1].isdigit() and capability >= (major, minor)):
+                return True
+        return False
+
+
+def build() -> Build | None:
+    """How the library that `load` found was built; None where it did not load."""
+    return _read_build() if load()[0] else None
+
+
+@cache
+def _read_build() -> Build:
+    values = dict(line.split("=", 1) for line in torch.ops.fila.build_info().splitlines())
+    return Build(tuple(values["cuda"].split()), values["toolkit"], values["without_cuda"])
+
+
+def describe_cuda() -> str:
+    """The library's CUDA kernels in a few words, or why there are none."""
+    found = build()
+    if found is None:
+        return f"no CUDA kernels: the native library is {load()[1]}"
+    if not found.architectures:
+        return f"no CUDA kernels in the native library: {found.without_cuda}"
+    return f"CUDA kernels for {', '.join(found.architectures)}, compiled by nvcc {found.toolkit}"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fila_kernels import planner
-from fila_kernels.backends import eager, eager_backward
+from fila_kernels.backends import cuda, eager, eager_backward
 
 NAMESPACE = "fila_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -96,6 +96,8 @@ def _implementation(backend: str) -> Any:
         from fila_kernels.backends.triton import launch  # imports triton, which not every machine has
 
         return launch
+    if backend == "cuda":
+        return cuda
     return _EAGER
 
 
@@ -108,7 +110,7 @@ def _call(inputs: tuple[Tensor, ...], shape: planner.Shape, gate: str, plan: str
     """The nine inputs with the plan for their sizes."""
     tokens = inputs[0]
     chosen = planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend)
-    return eager.Call._make((*inputs, shape, gate, chosen))
+    return eager.Call._make((*inputs, shape, gate, chosen, None))
 
 
 def _crop_resize(features, boxes, image_index, size, backend="torch"):

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kMostThreads) crop_tables_kernel(CropTables ta
 }
 
 template <typename Scalar, int kWidth>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 4)
     crop_resize_bwd_kernel(SampleGradients<Scalar> grad, CropTables tables, Scalar* out, LineBlocks blocks) {
   for (int64_t block = blockIdx.x; block < blocks.count(); block += gridDim.x) {
     sum_share<Scalar, kWidth>(grad, tables, out, blocks, block, threadIdx.x, blockDim.x);

@@ -7,7 +7,7 @@ Rows go through in chunks of whole tiles, which keeps the hidden activation in c
 exists for one chunk at a time: two GEMMs into one buffer take as long, and round the sum twice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,13 @@ from fila_kernels.planner import Plan, Shape
 from fila_kernels.sampling import Bags, cell_bags, sample_bags, tile_slice, touched
 
 CHUNK_BYTES = 2 * 2**20
+
+
+class Sampler(NamedTuple):
+    """How maps are sampled and how gradients go back, with the arguments of this file's two functions."""
+
+    crop_resize: Callable[..., Tensor]
+    crop_resize_backward: Callable[..., Tensor]
 
 
 class Call(NamedTuple):
@@ -36,6 +43,11 @@ class Call(NamedTuple):
     shape: Shape
     gate: str
     plan: Plan
+    sampler: Sampler | None = None  # another backend's, in place of this file's
+
+    @property
+    def sampling(self) -> Sampler:
+        return self.sampler or Sampler(crop_resize, crop_resize_backward)
 
     @property
     def on_cpu(self) -> bool:
@@ -175,14 +187,15 @@ class FirstLayer:
             self.maps = projection.view(shape.images, shape.height, shape.width, shape.hidden_width)
         else:
             self.joint = call.scratch(shape.token_width + shape.feature_width)
-        self.gather = None if native.serves(self.maps.dtype, self.maps.device)[0] else _Gather(self.maps, call)
+        in_pieces = call.sampler is not None or native.serves(self.maps.dtype, self.maps.device)[0]
+        self.gather = None if in_pieces else _Gather(self.maps, call)
 
     def _sampled(self, first: int, last: int) -> Tensor:
         """S [rows, C], or the interpolated projection [rows, H]."""
         if self.gather is not None:
             return self.gather(first, last)
         boxes, image_index = self.call.boxes[first:last], self.call.image_index[first:last]
-        return crop_resize(self.maps, boxes, image_index, self.call.shape.grid).flatten(0, 2)
+        return self.call.sampling.crop_resize(self.maps, boxes, image_index, self.call.shape.grid).flatten(0, 2)
 
     def __call__(self, first: int, last: int, out: Tensor) -> Tensor:
         call, width = self.call, self.call.shape.token_width

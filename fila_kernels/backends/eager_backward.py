@@ -14,8 +14,6 @@ from fila_kernels import native
 from fila_kernels.backends.eager import (
     Call,
     FirstLayer,
-    crop_resize,
-    crop_resize_backward,
     dense_channels,
     gate_sigmoid,
     wide,
@@ -248,6 +246,7 @@ def _first_layer(call: Call, inner: Tensor, needs: Needs, results: list[Tensor |
     """fc1's and the features' gradients from dZ."""
     shape, plan = call.shape, call.plan
     maps = (shape.images, shape.height, shape.width)
+    sample, go_back = call.sampling
 
     def square(rows: Tensor) -> Tensor:
         return rows.view(shape.tiles, shape.grid, shape.grid, -1)
@@ -258,7 +257,7 @@ def _first_layer(call: Call, inner: Tensor, needs: Needs, results: list[Tensor |
     if (needs.features and plan.feature_gradient == "project_first") or (
         needs.fc1_weight and plan.weight_gradient == "project_first"
     ):
-        gathered = crop_resize_backward(square(inner), call.boxes, call.image_index, maps).flatten(0, 2)  # dP = R' dZ
+        gathered = go_back(square(inner), call.boxes, call.image_index, maps).flatten(0, 2)  # dP = R' dZ
     if needs.fc1_weight:
         weight_grad = torch.empty_like(call.fc1_weight, memory_format=torch.contiguous_format)
         for first, last, rows in _weight_chunks(call):  # dW1x = dZ' X
@@ -269,7 +268,7 @@ def _first_layer(call: Call, inner: Tensor, needs: Needs, results: list[Tensor |
             cells = call.features.reshape(-1, shape.feature_width)
             torch.mm(gathered.t(), cells, out=weight_grad[:, shape.token_width :])  # dW1s = dP' F
         else:
-            sampled = crop_resize(call.features, call.boxes, call.image_index, shape.grid).flatten(0, 2)
+            sampled = sample(call.features, call.boxes, call.image_index, shape.grid).flatten(0, 2)
             for first, _, rows in _weight_chunks(call):  # dW1s = dZ' S
                 _accumulate(weight_grad[:, shape.token_width :], inner[rows], sampled[rows], first == 0)
             del sampled
@@ -280,7 +279,7 @@ def _first_layer(call: Call, inner: Tensor, needs: Needs, results: list[Tensor |
             results[1] = (gathered @ call.weight_s).view(call.features.shape)  # dF = dP W1s
         else:
             sampled_grad = square(inner @ call.weight_s)  # dS = dZ W1s
-            results[1] = crop_resize_backward(sampled_grad, call.boxes, call.image_index, maps)
+            results[1] = go_back(sampled_grad, call.boxes, call.image_index, maps)
 
 
 def _silence(call: Call, grad: Tensor, results: list[Tensor | None]) -> None:

@@ -31,11 +31,14 @@ def test_environment_variable(monkeypatch):
 
 @pytest.mark.parametrize(
     ("backend", "reason"),
-    [("triton", "its kernels run on CUDA tensors, these are on cpu"), ("cuda", "this version has no")],
+    [
+        ("triton", "its kernels run on CUDA tensors, these are on cpu"),
+        ("cuda", "no CUDA kernels|its kernels run on CUDA tensors, these are on cpu"),
+    ],
 )
 def test_an_explicit_backend_that_cannot_run_raises_with_the_reason(backend, reason):
     inputs = Case("dispatch").inputs(torch.float32)
-    with pytest.raises(RuntimeError, match=f"'{backend}' .requested by the caller. cannot run: {reason}"):
+    with pytest.raises(RuntimeError, match=f"'{backend}' .requested by the caller. cannot run: ({reason})"):
         cvfm(**inputs, backend=backend)
     with pytest.raises(RuntimeError, match="cannot run"):
         crop_resize(inputs["features"], inputs["boxes"], inputs["image_index"], 2, backend=backend)
@@ -62,13 +65,81 @@ def test_who_may_use_triton(monkeypatch):
     assert dispatch.resolve(device=cpu, dtype=torch.float32)[0] == "torch"
     with pytest.raises(RuntimeError, match="take no float64"):
         dispatch.resolve("triton", device=cuda, dtype=torch.float64)
-    assert dispatch.resolve("triton", "single_pass", cuda, torch.bfloat16, 512)[0] == "triton"
+    assert dispatch.resolve("triton", "single_pass", cuda, torch.bfloat16, (512, 256))[0] == "triton"
     with pytest.raises(RuntimeError, match="widths of at most 512, which stay on chip, got 1024"):
-        dispatch.resolve("triton", "single_pass", cuda, torch.bfloat16, 1024)
+        dispatch.resolve("triton", "single_pass", cuda, torch.bfloat16, (512, 1024))
     monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", False)
     assert dispatch.resolve(device=cuda, dtype=torch.bfloat16)[0] == "torch"
     with pytest.raises(RuntimeError, match="not installed"):
         dispatch.resolve("triton", device=cuda, dtype=torch.bfloat16)
+
+
+CUDA_BUILD = native.Build(("8.0", "9.0a", "10.0a+PTX"), "13.0.88", "")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "runs", "does_not"),
+    [
+        ("8.0", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0)]),
+        ("9.0a", [(9, 0)], [(8, 0), (9, 1), (10, 0)]),
+        ("10.0f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("8.0+PTX", [(8, 0), (9, 0), (12, 0)], [(7, 5)]),
+        ("9.0a+PTX", [(9, 0)], [(10, 0)]),
+    ],
+)
+def test_which_gpus_run_compiled_code(architecture, runs, does_not):
+    build = native.Build((architecture,), "13.0", "")
+    assert [build.runs_on(capability) for capability in runs] == [True] * len(runs)
+    assert [build.runs_on(capability) for capability in does_not] == [False] * len(does_not)
+
+
+def test_who_may_use_cuda(monkeypatch):
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    reasons = {
+        native.Build((), "", "nvcc was not found"): "no CUDA kernels in the native library: nvcc was not found",
+        CUDA_BUILD: "no CUDA device for the CUDA kernels for 8.0, 9.0a, 10.0a.PTX, compiled by nvcc 13.0.88",
+    }
+    monkeypatch.setattr(native, "load", lambda: (False, "not built: no C++ compiler was found"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no CUDA kernels: the native library is not built: no C"):
+        dispatch.resolve("cuda", device=cuda)
+    for build, reason in reasons.items():
+        monkeypatch.setattr(native, "build", lambda found=build: found)
+        with pytest.raises(RuntimeError, match=reason):
+            dispatch.resolve("cuda", device=cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="run on CUDA tensors, these are on cpu"):
+        dispatch.resolve("cuda", device=cpu)
+    with pytest.raises(RuntimeError, match="take no float64"):
+        dispatch.resolve("cuda", device=cuda, dtype=torch.float64)
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0)):
+        monkeypatch.setattr(dispatch, "_capability", lambda index, found=capability: found)
+        assert dispatch.resolve("cuda", device=cuda, dtype=torch.bfloat16)[0] == "cuda"
+        assert dispatch.resolve(device=cuda, dtype=torch.bfloat16)[0] == "triton"
+    monkeypatch.setattr(dispatch, "_capability", lambda index: (12, 0))
+    with pytest.raises(RuntimeError, match=r"cuda:0 has compute capability 12\.0; TORCH_CUDA_ARCH_LIST"):
+        dispatch.resolve("cuda", device=cuda, dtype=torch.bfloat16)
+
+
+def test_single_pass_in_cuda_is_for_one_width_and_capability(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(native, "build", lambda: CUDA_BUILD)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "_capability", lambda index: (9, 0))
+    wide = (1024, 1024)
+    assert dispatch.resolve("cuda", "single_pass", cuda, torch.bfloat16, wide)[0] == "cuda"
+    with pytest.raises(RuntimeError, match="expected token and hidden widths of 1024, got 1024 and 512"):
+        dispatch.resolve("cuda", "single_pass", cuda, torch.bfloat16, (1024, 512))
+    with pytest.raises(RuntimeError, match=r"multiplies bfloat16 and float16, got torch\.float32"):
+        dispatch.resolve("cuda", "single_pass", cuda, torch.float32, wide)
+    monkeypatch.setattr(native, "build", lambda: native.Build(("9.0",), "13.0", ""))
+    with pytest.raises(RuntimeError, match=r"compiled as 9\.0a"):
+        dispatch.resolve("cuda", "single_pass", cuda, torch.bfloat16, wide)
+    monkeypatch.setattr(native, "build", lambda: CUDA_BUILD)
+    monkeypatch.setattr(dispatch, "_capability", lambda index: (8, 0))
+    with pytest.raises(RuntimeError, match=r"for compute capability 9\.0"):
+        dispatch.resolve("cuda", "single_pass", cuda, torch.bfloat16, wide)
 
 
 def test_backends_agree():

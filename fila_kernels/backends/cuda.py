@@ -1,0 +1,55 @@
+"""The `cuda` backend: the compiled kernels of csrc/cuda.
+
+Sampling and its transpose are kernels of their own in both directions. The forward pass in bfloat16 and float16 is one
+operator, whose products carry activation, gate and residual in their epilogues. Products of float32, and all products
+of the backward pass, are the vendor library's, in the `torch` backend's composition around these samplers.
+"""
+
+import torch
+from torch import Tensor
+
+from fila_kernels.backends import eager, eager_backward
+from fila_kernels.backends.eager import Call, Sampler, dense_channels
+from fila_kernels.backends.eager_backward import Needs
+
+
+def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int) -> Tensor:
+    """[B, h, w, C] of any stride to [T, size, size, C]."""
+    return torch.ops.fila.crop_resize(dense_channels(features), boxes, image_index, size, check_values=False)
+
+
+def crop_resize_backward(
+    grad: Tensor, boxes: Tensor, image_index: Tensor, maps: tuple[int, int, int], features_grad: Tensor | None = None
+) -> Tensor:
+    """[T, size, size, C] of any stride to the dense [B, h, w, C], or added to `features_grad`."""
+    result = torch.ops.fila.crop_resize_backward(dense_channels(grad), boxes, image_index, *maps, check_values=False)
+    return result if features_grad is None else features_grad.add_(result)
+
+
+SAMPLER = Sampler(crop_resize, crop_resize_backward)
+
+
+def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: bool = False) -> Tensor:
+    """The fused tokens; fills `hidden` [T * N, H] with Z and `branch` [T * N, D] with M where they are given.
+
+    In place, what the operator returns is copied over the tokens.
+    """
+    if call.tokens.dtype == torch.float32:
+        return eager.forward(call._replace(sampler=SAMPLER), hidden, branch, in_place)
+    out = torch.ops.fila.cvfm_forward(
+        call.tokens, dense_channels(call.features), *call[2:9], call.shape.prefix, call.gate, call.plan.forward,
+        hidden, branch, check_values=False,
+    )  # fmt: skip
+    return call.tokens.copy_(out) if in_place else out
+
+
+def backward(
+    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs,
+    features_grad: Tensor | None = None,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of tokens, features, fc1 weight and bias, fc2 weight and bias, alpha; None where not needed.
+
+    `hidden` (Z) and `branch` (M) are what the forward pass saved, or None. The features' gradient is added to
+    `features_grad` where that is given.
+    """
+    return eager_backward.backward(call._replace(sampler=SAMPLER), grad, hidden, branch, needs, features_grad)
