@@ -36,8 +36,8 @@ Taps make_taps(const char* op, const Tensor& boxes, const Tensor& image_index, c
     if (check_values) {
       const bool finite =
           std::isfinite(edge[0]) && std::isfinite(edge[1]) && std::isfinite(edge[2]) && std::isfinite(edge[3]);
-      require(finite && edge[0] <= edge[2] && edge[1] <= edge[3], op,
-              "expected finite boxes with y0 <= y1 and x0 <= x1, got [", edge[0], ", ", edge[1], ", ", edge[2], ", ",
+      require(finite && edge[0] < edge[2] && edge[1] < edge[3], op,
+              "expected finite boxes with y0 < y1 and x0 < x1, got [", edge[0], ", ", edge[1], ", ", edge[2], ", ",
               edge[3], "] at tile ", tile);
       require(image >= 0 && image < g.images, op, "expected image_index between 0 and ", g.images - 1, ", got ", image,
               " at tile ", tile);
