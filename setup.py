@@ -255,8 +255,9 @@ class StableWheel(bdist_wheel):
         return "py3", "none", platform if built else "any"
 
 
-setup(
-    # A stand-in that makes setuptools run build_ext; CMakeLists.txt names the sources.
-    ext_modules=[Extension("fila_kernels.lib.libfila_kernels", sources=[])],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": StableWheel},
-)
+if __name__ == "__main__":
+    setup(
+        # A stand-in that makes setuptools run build_ext; CMakeLists.txt names the sources.
+        ext_modules=[Extension("fila_kernels.lib.libfila_kernels", sources=[])],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": StableWheel},
+    )

@@ -28,6 +28,11 @@ foreach(ARCHITECTURE IN LISTS FILA_CUDA_ARCHITECTURES)
 endforeach()
 
 file(GLOB CUDA_UNITS CONFIGURE_DEPENDS csrc/cuda/*.cu)
+file(GLOB CUDA_HOST_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cpp)
+if(FILA_CUDA_UNITS)
+  list(FILTER CUDA_UNITS INCLUDE REGEX "/(${FILA_CUDA_UNITS})[^/]*$")
+  list(FILTER CUDA_HOST_SOURCES INCLUDE REGEX "/(${FILA_CUDA_UNITS})[^/]*$")
+endif()
 set(CUDA_COMPILED "")
 foreach(UNIT IN LISTS CUDA_UNITS)
   set(KIND all)
@@ -56,7 +61,6 @@ target_compile_options(fila_kernels_cuda PRIVATE --expt-relaxed-constexpr
 target_include_directories(fila_kernels_cuda PRIVATE csrc)
 target_include_directories(fila_kernels_cuda SYSTEM PRIVATE "${FILA_CUTLASS_DIR}")
 
-file(GLOB CUDA_HOST_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cpp)
 target_sources(fila_kernels PRIVATE ${CUDA_HOST_SOURCES} $<TARGET_OBJECTS:fila_kernels_cuda>)
 target_include_directories(fila_kernels SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 # USE_CUDA shows the stable ABI's CUDA functions. FILA_SM80, FILA_SM90A and FILA_SM100A: which units there are.
