@@ -1,8 +1,6 @@
 """Compiles the Triton kernels ahead of time, for architectures that need not be here, and looks at what came out.
 
-    python tools/compiled_kernels.py                     # the default configs; prints the table of docs/kernels.md
-    python tools/compiled_kernels.py --write             # and writes it there
-    python tools/compiled_kernels.py --all --arch 90     # every config that the tuner would try (make test-aot)
+    python tools/compiled_kernels.py [--arch 90]     # the default configs, as a table; compile_configs.py does all
 
 The launchers run as they do in a process with a GPU, on memory that nobody reads: only the launch itself is replaced,
 by a compilation for the wanted architecture. `faults` says what is wrong with a compiled kernel; tests use both.
@@ -38,6 +36,8 @@ SHARED_MEMORY = {80: 167_936, 90: 233_472, 100: 233_472}
 THREADS = 2_048
 # The instructions that the tensor cores and the copy engines of an architecture are driven by.
 INTENDED = {80: ("HMMA", "LDGSTS"), 90: ("HGMMA", "UTMALDG"), 100: ("UTCHMMA", "UTMALDG")}
+# What a launch is beside its kernel's name.
+WORDS = {"PROJECTED": "projected", "IN_PLACE": "in place", "ACCUMULATE": "accumulated", "TAIL_M": "one image"}
 # No config reads through descriptors here: row blocks of a single pass gather, and its weights stay in L2.
 WITHOUT_DESCRIPTORS = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
 
@@ -94,7 +94,7 @@ class _Driver:
 
 
 @contextmanager
-def compiling(arch: int, found: list[Kernel]) -> Iterator[None]:
+def compiling(arch: int, found: list[Kernel], leave_out: tuple[str, ...] = ()) -> Iterator[None]:
     """Within, launchers choose for `arch`, and what they launch is compiled and added to `found`."""
     device = configs.ARCHITECTURES[arch]
     chosen: list[configs.Config] = []
@@ -105,12 +105,13 @@ def compiling(arch: int, found: list[Kernel]) -> Iterator[None]:
         return chosen[-1]
 
     def compile_instead(kernel: Any, grid: Any, *arguments: Any, **settings: Any) -> None:
+        if kernel.__name__ in leave_out:
+            return
         compiled = kernel.warmup(*arguments, grid=grid, **settings)
         tensors = (a.base if hasattr(a, "base") and not isinstance(a, torch.Tensor) else a for a in arguments)
         dtype = next(t.dtype for t in tensors if isinstance(t, torch.Tensor))
         label = kernel.__name__.removesuffix("_kernel")
-        if settings.get("PROJECTED"):
-            label += " (projected)"
+        label += "".join(f" ({word})" for name, word in WORDS.items() if settings.get(name))
         kernel_found = Kernel(
             label, arch, dtype, chosen.pop() if chosen else None, settings["num_warps"], compiled.metadata.shared,
             getattr(compiled.metadata, "tmem_size", 0) or 0, ptx=compiled.asm["ptx"],
@@ -154,6 +155,20 @@ def _disassemble(kernel: Kernel, cubin: bytes) -> None:
     )
 
 
+def least_products(kernel: Kernel) -> int:
+    """Tensor core instructions that one step through the depth takes in each of a product's loops, counted a warp."""
+    config = kernel.config
+    assert isinstance(config, configs.GemmConfig)
+    if kernel.name.startswith("single_pass"):
+        return 1
+    steps = config.block_k // 16 * (2 if kernel.name.startswith("fc1_fwd") and "projected" not in kernel.name else 1)
+    if kernel.arch < 90:  # 16 x 8 results each
+        return steps * config.block_m * config.block_n // (128 * config.num_warps)
+    if kernel.arch == 90:  # 64 rows for four warps, up to 256 columns
+        return steps * (max(1, config.block_m // (16 * config.num_warps)) + bool(config.tail_m))
+    return steps * max(1, config.block_m // 128)
+
+
 def faults(kernel: Kernel) -> list[str]:
     """What is wrong with a compiled kernel, in words; nothing if it is as intended."""
     found = []
@@ -174,6 +189,9 @@ def faults(kernel: Kernel) -> list[str]:
         descriptors = kernel.config.tma or kernel.arch < 90
         wanted = INTENDED if descriptors and not kernel.name.startswith("single_pass") else WITHOUT_DESCRIPTORS
         found += [f"no {name}" for name in wanted[kernel.arch] if not kernel.count(name)]
+        counted, expected = kernel.count(wanted[kernel.arch][0]), least_products(kernel)
+        if 0 < counted < expected:
+            found.append(f"{counted} {wanted[kernel.arch][0]}, a step takes {expected}")
     if kernel.dtype == torch.float32 and "tf32" in kernel.ptx:
         found.append("float32 is multiplied in TF32")
     return [f"{kernel.name} on sm_{kernel.arch}, {kernel.config}: {fault}" for fault in found]
@@ -219,7 +237,9 @@ def product_launches(call: Call) -> dict[str, Callable[[configs.Config | None], 
         "hidden_gradient": lambda config: products.hidden_gradient(
             call, flat(d), samples(h), flat(h), flat(h), True, False, config
         ),
-        "input_gradient": lambda config: products.input_gradient(call, flat(h), flat(d), flat(d), flat(c), config),
+        "input_gradient": lambda config: products.input_gradient(
+            call, flat(h), flat(d), flat(d), flat(c), config=config
+        ),
         "weight_gradient": lambda config: products.weight_gradient(
             call, flat(h)[:, 1:], flat(d)[:, 1:], torch.empty((h, d), dtype=dtype), "parameter", config
         ),
@@ -227,49 +247,44 @@ def product_launches(call: Call) -> dict[str, Callable[[configs.Config | None], 
 
 
 def other_launches(call: Call) -> None:
-    """The kernels that are no products."""
+    """The kernels that are no products, and those that only some calls launch."""
     shape, dtype = call.shape, call.tokens.dtype
     samples = torch.empty((shape.tiles, 577, shape.feature_width), dtype=dtype)[:, 1:]
     crop_resize.crop_resize_fwd(call.features, call.boxes, call.image_index, 24, samples)
     maps = (shape.images, shape.height, shape.width)
     tables = crop_resize.crop_tables(call.boxes, call.image_index, 24, maps, True)
-    crop_resize.crop_resize_bwd(samples.unflatten(1, (24, 24)), tables, 24, torch.empty_like(call.features), call.alpha)
+    grad = samples.unflatten(1, (24, 24))
+    for accumulate in (False, True):
+        crop_resize.crop_resize_bwd(grad, tables, 24, torch.empty_like(call.features), call.alpha, accumulate)
     flat, branch = torch.empty_like(call.tokens), torch.empty((shape.samples, shape.token_width), dtype=dtype)
     products.gate_gradient(call, flat, branch, torch.empty_like(flat), True, True)
     products.activate(call, branch, flat)
-    # Frozen features leave half of this one out.
-    products.input_gradient(call, torch.empty_like(flat), flat, torch.empty_like(flat), None)
+    one_image = product_launches(example(dtype, tiles=5))
+    for name in ("fc1", "fc2"):
+        one_image[name](None)
 
 
-def compile_defaults(arch: int, dtype: torch.dtype = torch.bfloat16, others: bool = True) -> list[Kernel]:
-    """The kernels with the configs that an untuned process takes."""
+def in_place_and_frozen(call: Call) -> None:
+    """What inference in place and frozen features leave out of two products."""
+    flat = torch.empty_like(call.tokens)
+    products.fc2(call, flat, call.tokens, None)
+    products.input_gradient(call, flat, flat, torch.empty_like(flat), None)
+
+
+def compile_defaults(arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Kernel]:
+    """The kernels with the configs that an untuned process takes; those that are no products for sm_90 alone."""
     found: list[Kernel] = []
     call = example(dtype)
-    with compiling(arch, found):
-        for launch in product_launches(call).values():
+    with compiling(arch, found, () if arch == 90 else ("reduce_kernel",)):
+        launches = product_launches(call)
+        if arch == 80:
+            del launches["fc2"], launches["input_gradient"]
+            in_place_and_frozen(call)
+        for launch in launches.values():
             launch(None)
-        if others:
+        if arch == 90:
             other_launches(call)
     return found
-
-
-def compile_all(arch: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[Kernel]:
-    """Every product with every config that the tuner would try; parts of a sum share one kernel."""
-    call = example(dtype)
-    for name, launch in product_launches(call).items():
-        rows, wide = call.shape.tiles * 577, call.shape.token_width
-        problem = configs.Problem(name, rows, 512 if name == "single_pass" else wide, 512, dtype)
-        done = set()
-        for config in configs.candidates(problem, configs.ARCHITECTURES[arch]):
-            assert isinstance(config, configs.GemmConfig)
-            key = (config.block_m, config.block_n, config.block_k, config.num_warps, config.num_stages, config.tma)
-            if key in done:
-                continue
-            done.add(key)
-            found: list[Kernel] = []
-            with compiling(arch, found):
-                launch(config)
-            yield from found
 
 
 def table(kernels: list[Kernel]) -> str:
@@ -281,7 +296,8 @@ def table(kernels: list[Kernel]) -> str:
     for kernel in kernels:
         config = kernel.config
         if isinstance(config, configs.GemmConfig):
-            tile, stages = f"{config.block_m} x {config.block_n} x {config.block_k}", str(config.num_stages)
+            rows = f"({config.block_m} + {config.tail_m})" if config.tail_m else str(config.block_m)
+            tile, stages = f"{rows} x {config.block_n} x {config.block_k}", str(config.num_stages)
         elif isinstance(config, configs.GatherConfig):
             tile, stages = f"{config.block_rows} x {config.block_columns}", "-"
         else:
@@ -294,36 +310,14 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-PAGE = ROOT / "docs" / "kernels.md"
-MARKS = "<!-- compiled kernels: written by tools/compiled_kernels.py -->", "<!-- end of compiled kernels -->"
-
-
-def write(text: str) -> None:
-    """Put the table between the page's marks."""
-    page = PAGE.read_text()
-    start, end = (page.index(mark) for mark in MARKS)
-    note = f"Compiled by Triton {triton.__version__} in bfloat16 for {', '.join(f'sm_{a}' for a in ARCHITECTURES)}.\n"
-    PAGE.write_text(f"{page[: start + len(MARKS[0])]}\n\n{note}\n{text}\n\n{page[end:]}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
-    parser.add_argument("--all", action="store_true", help="every config that the tuner would try")
-    parser.add_argument("--write", action="store_true", help="write the table into docs/kernels.md")
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
-    wrong, kernels = [], []
-    for arch in options.arch:
-        for kernel in compile_all(arch, dtype) if options.all else compile_defaults(arch, dtype, others=arch == 90):
-            wrong += faults(kernel)
-            kernels.append(kernel)
-            print(f"sm_{arch} {kernel.name} {kernel.config} {kernel.registers} registers", file=sys.stderr, flush=True)
+    kernels = [kernel for arch in options.arch for kernel in compile_defaults(arch)]
+    wrong = [fault for kernel in kernels for fault in faults(kernel)]
     print(table(kernels))
-    print("\n".join(wrong) or f"{len(kernels)} kernels, nothing wrong", file=sys.stderr)
-    if options.write:
-        write(table(kernels))
+    print("\n".join(wrong) or f"{len(kernels)} kernels by Triton {triton.__version__}, nothing wrong", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -19,15 +19,17 @@ from tools.compiled_kernels import ARCHITECTURES, compile_defaults, compiling, e
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_default_configs(arch, capfd):
-    kernels = compile_defaults(arch, others=arch == 90)
+    kernels = compile_defaults(arch)
+    assert len(kernels) <= 16, "three architectures take at most 30 compilations, and this one most of them"
     assert [fault for kernel in kernels for fault in faults(kernel)] == []
     names = {kernel.name for kernel in kernels}
-    products_names = {
-        "fc1_fwd", "fc1_fwd (projected)", "fc2_fwd", "single_pass_fwd", "hidden_grad", "input_grad", "weight_grad",
-    }  # fmt: skip
-    assert products_names <= names
+    assert {"fc1_fwd", "fc1_fwd (projected)", "single_pass_fwd", "hidden_grad", "input_grad", "weight_grad"} <= names
+    assert ("fc2_fwd (in place)" if arch == 80 else "fc2_fwd") in names
     if arch == 90:
-        others = {"crop_resize_fwd", "crop_tables", "crop_resize_bwd", "gate_bwd", "gelu", "reduce"}
+        others = {
+            "crop_resize_fwd", "crop_tables", "crop_resize_bwd", "crop_resize_bwd (accumulated)", "gate_bwd", "gelu",
+            "reduce", "fc1_fwd (one image)", "fc2_fwd (one image)",
+        }  # fmt: skip
         assert others <= names
         assert all(kernel.count("LDG.E.128") for kernel in kernels if kernel.name == "crop_resize_fwd")
     assert capfd.readouterr().err == ""
@@ -80,6 +82,9 @@ def test_each_limit_is_looked_at():
     )
     good.instructions.update({"HGMMA.64x128": 4, "UTMALDG.2D": 4, "STG.E.128": 4})
     assert faults(good) == []
+    fewer = replace(good, instructions=good.instructions.copy())
+    fewer.instructions["HGMMA.64x128"] = 3
+    assert faults(fewer)[0].endswith("3 HGMMA, a step takes 4")
     assert "shared memory" in faults(replace(good, shared=300_000))[0]
     assert "tensor memory" in faults(replace(good, tensor_memory=1024))[0]
     for missing, word in (
@@ -112,6 +117,23 @@ def test_every_default_and_candidate_is_supported(arch, dtype):
                     assert not any(getattr(config, "tma", False) for config in found)
 
 
+@pytest.mark.parametrize("images", [1, 2, 4, 8])
+def test_one_image_fills_a_hopper_in_one_wave(images):
+    """192 rows: 16 x 8 tiles of 128 columns for 132 multiprocessors, where 128 rows leave a second wave half empty."""
+    device = configs.ARCHITECTURES[90]
+    problem = configs.Problem("fc2", images * 2885, 1024, 1024, torch.bfloat16)
+    config = configs.default(problem, device)
+    assert (config.rows == 192) == (images in (1, 2))
+
+    def seconds(config):  # whole waves of what a tile takes
+        return -(-config.tiles(problem) // device.num_sms) * config.rows * config.block_n
+
+    assert seconds(config) <= min(seconds(replace(config, block_n=n, tail_m=0)) for n in (128, 256))
+    for other in (100, 80):
+        default = configs.default(replace(problem, m=2885), configs.ARCHITECTURES[other])
+        assert not default.tail_m
+
+
 def test_what_cannot_run_is_refused():
     hopper, ampere = configs.ARCHITECTURES[90], configs.ARCHITECTURES[80]
     problem = configs.Problem("fc2", 2885, 1024, 1024, torch.bfloat16)
@@ -124,6 +146,17 @@ def test_what_cannot_run_is_refused():
     assert not configs.supports(replace(good, block_m=256, block_n=256), problem, hopper)
     assert not configs.supports(replace(good, split_k=2), problem, hopper)
     assert not configs.supports(configs.GatherConfig(16, 64), problem, hopper)
+    tailed = replace(good, tail_m=64)
+    assert configs.supports(tailed, problem, hopper)
+    for changed in (replace(tailed, tail_m=48), replace(tailed, tail_m=128), replace(tailed, tma=False)):
+        assert not configs.supports(changed, problem, hopper)
+    assert not configs.supports(tailed, replace(problem, kernel="input_gradient"), hopper)
+    blackwell, specialized = configs.ARCHITECTURES[100], replace(good, warp_specialize=True)
+    assert configs.supports(specialized, problem, blackwell)
+    assert not configs.supports(specialized, problem, hopper)
+    assert not configs.supports(tailed, problem, blackwell)
+    assert not configs.supports(replace(specialized, num_warps=4), problem, blackwell)
+    assert not configs.supports(replace(specialized, block_n=256), replace(problem, kernel="fc1_projected"), blackwell)
     wide = replace(problem, kernel="single_pass")
     assert not configs.supports(configs.GemmConfig(64, 64, 32, 8, 2), wide, hopper)
     with pytest.raises(ValueError, match="cannot run"):

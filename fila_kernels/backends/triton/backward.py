@@ -137,7 +137,7 @@ def hidden_grad_kernel(
     branch_grad, w, p_alpha, p_hidden, p_hidden_grad, p_activated, p_bias_sums, p_alpha_sums,
     num_rows, length, prefix, token_width, hidden_width, stride_w,
     PRODUCT: tl.constexpr, WRITE: tl.constexpr, WRITE_ACTIVATED: tl.constexpr, SUM_BIAS: tl.constexpr,
-    SUM_ALPHA: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    SUM_ALPHA: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dZ [T, L, H] = (dM W2) gelu'(Z), and on the way A, the columns' sums by blocks of rows, and sum dA A."""
@@ -150,7 +150,7 @@ def hidden_grad_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         acc = add_product(
             acc, branch_grad, w, row, i_m * BLOCK_M, i_col, num_rows, hidden_width, token_width, length,
-            length * token_width, token_width, stride_w, False, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            length * token_width, token_width, stride_w, False, TMA, SPECIALIZE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         dot = hidden_epilogue(
             acc, row, i_m, i_col, alpha, p_hidden, p_hidden_grad, p_activated, p_bias_sums, num_rows, length, prefix,
@@ -207,7 +207,7 @@ def input_epilogue(
 def input_grad_kernel(
     hidden_grad, w, p_alpha, p_grad, p_tokens_grad, p_sampled_grad,
     num_rows, length, prefix, token_width, feature_width, hidden_width, stride_t, stride_l, stride_w,
-    TOKENS: tl.constexpr, FEATURES: tl.constexpr, ACCUMULATE: tl.constexpr, TMA: tl.constexpr,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, ACCUMULATE: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dX [T, L, D] and dS [T, L, C], or the map's own rows: blocks of W1's columns, the tokens' first.
@@ -227,7 +227,7 @@ def input_grad_kernel(
         acc = add_product(
             acc, hidden_grad, w, row, i_row, tl.where(is_token, i_col, token_width + i_col), num_rows,
             token_width + feature_width, hidden_width, length, length * hidden_width, hidden_width, stride_w,
-            False, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            False, TMA, SPECIALIZE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         input_epilogue(
             acc, row, i_col, is_token, closed, p_grad, p_tokens_grad, p_sampled_grad, num_rows, length, prefix,
@@ -256,8 +256,8 @@ def weight_epilogue(
 @triton.jit
 def weight_grad_kernel(
     a, b, p_alpha, p_out, num_tiles, patches, rows, columns, stride_a_t, stride_a_l, stride_b_t, stride_b_l, stride_out,
-    splits, FACTOR: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    splits, FACTOR: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """a' b [rows, columns], summed over the patch tokens of all tiles; program (tile of the result, part of the sum).
 
@@ -274,7 +274,7 @@ def weight_grad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = i_col + tl.arange(0, BLOCK_N)
-    for step in tl.range(i_split * each, tl.minimum((i_split + 1) * each, steps)):
+    for step in tl.range(i_split * each, tl.minimum((i_split + 1) * each, steps), warp_specialize=SPECIALIZE):
         tile = step // steps_tile
         first = step % steps_tile * BLOCK_K
         if TMA:

@@ -14,6 +14,7 @@ KERNELS = (
     "crop_resize", "crop_resize_backward", "fc1", "fc1_projected", "fc2", "single_pass",
     "gate_backward", "hidden_gradient", "input_gradient", "weight_gradient",
 )  # fmt: skip
+TAILED = ("fc1", "fc1_projected", "fc2")  # those whose tiles may have a second block of rows
 SINGLE_PASS_WIDTH = 512
 
 
@@ -85,7 +86,9 @@ class GemmConfig:
 
     tma: operands through tensor descriptors. persistent: one program a multiprocessor, which goes from tile to tile.
     split_epilogue: the accumulator's columns leave in so many parts, which saves registers. split_k: the depth is cut
-    into so many parts, whose sums are added in a fixed order.
+    into so many parts, whose sums are added in a fixed order. tail_m: rows of a second accumulator below the first one,
+    which shares its columns' operand, for tiles whose height is no power of two. warp_specialize: one warp loads, one
+    issues products, on compute capability 10.
     """
 
     block_m: int
@@ -97,6 +100,15 @@ class GemmConfig:
     persistent: bool = False
     split_epilogue: int = 1
     split_k: int = 1
+    tail_m: int = 0
+    warp_specialize: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.block_m + self.tail_m
+
+    def tiles(self, problem: Problem) -> int:
+        return -(-problem.m // self.rows) * -(-problem.n // self.block_n)
 
 
 Config = GatherConfig | GemmConfig
@@ -130,8 +142,17 @@ def shared_memory(config: GemmConfig, problem: Problem) -> int:
         first = config.num_stages * (config.block_m + columns) * config.block_k * size
         second = (config.block_m + config.num_stages * config.block_n) * columns * size
         return max(first, second)
-    stage = (config.block_m + config.block_n) * config.block_k * size
+    stage = (config.rows + config.block_n) * config.block_k * size
     return config.num_stages * stage
+
+
+def _compiles_well(config: GemmConfig, kernel: str, major: int) -> bool:
+    """What ahead-of-time compilation showed, by Triton 3.6 and 3.7: nothing that is let through here spills."""
+    narrow = kernel in ("fc1_projected", "hidden_gradient")  # their epilogues hold most
+    if config.warp_specialize:
+        right = config.tma and major == 10 and config.num_warps == 8 and config.block_m == 128
+        return right and not (narrow and config.block_n > 128)
+    return True
 
 
 def supports(config: Config, problem: Problem, device: Device) -> bool:
@@ -153,8 +174,18 @@ def supports(config: Config, problem: Problem, device: Device) -> bool:
         return False
     if config.tma and (wide or not problem.aligned or device.capability[0] < 9 or max(sizes) > 256):
         return False
+    if not _compiles_well(config, problem.kernel, device.capability[0]):
+        return False
+    if config.tail_m and not (
+        problem.kernel in TAILED
+        and config.tma
+        and device.capability[0] == 9
+        and _is_power_of_two(config.tail_m)
+        and 16 <= config.tail_m < config.block_m
+    ):
+        return False
     columns = power_of_two(problem.n) if wide else config.block_n
-    if config.block_m * columns > 128 * 32 * config.num_warps:
+    if config.rows * columns > 128 * 32 * config.num_warps:
         return False
     if wide and columns > 256 and problem.dtype != torch.float32 and device != INTERPRETER:
         # Found by compiling: what does not spill beside an accumulator as wide as this.
@@ -180,6 +211,15 @@ def _gemm_tiles(problem: Problem, device: Device) -> list[GemmConfig]:
             )
             for persistent in (True, False)
         ]  # fmt: skip
+        tma += [
+            GemmConfig(128, 128, 64, 8, stages, True, persistent, split_epilogue=2, tail_m=64)
+            for stages in (4, 3)
+            for persistent in (True, False)
+        ]
+        tma += [
+            GemmConfig(128, n, 64, 8, stages, True, True, split_epilogue=n // 64, warp_specialize=True)
+            for n, stages in ((256, 4), (128, 4), (256, 3))
+        ]
     else:
         tma = []
     pointer = [
@@ -241,14 +281,13 @@ def resident(config: GemmConfig, problem: Problem, device: Device) -> int:
 
 def _waste(config: GemmConfig, problem: Problem, device: Device) -> tuple[bool, float]:
     """Descriptors first; then the time that waves of tiles take, a small tile being fed less well than a large one."""
-    tiles = -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
-    area = config.block_m * config.block_n
+    tiles, area = config.tiles(problem), config.rows * config.block_n
     if problem.kernel == "weight_gradient":
         waves = tiles / device.num_sms  # the depth is cut until the chip is full
     else:
         together = resident(config, problem, device)
         waves = -(-tiles // (device.num_sms * together)) * together
-    fed = 1 + 24 * (config.block_m + config.block_n) / area
+    fed = 1 + 24 * (config.rows + config.block_n) / area
     registers = 0.1 if area > 64 * 32 * config.num_warps and not config.tma else 0.0
     idle = 0.01 * (4 - config.num_stages) + (0.005 if not config.persistent else 0.0)
     return not config.tma, waves * area * (fed + registers + idle)
@@ -256,7 +295,7 @@ def _waste(config: GemmConfig, problem: Problem, device: Device) -> tuple[bool, 
 
 def _splits(config: GemmConfig, problem: Problem, device: Device) -> int:
     """Parts of the depth that fill the chip once, of at least eight steps each."""
-    tiles = -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
+    tiles = config.tiles(problem)
     most = max(1, problem.k // (8 * config.block_k))
     return max(1, min(most, device.num_sms // tiles, 32))
 

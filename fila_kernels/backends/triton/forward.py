@@ -10,7 +10,9 @@ Products run over all T * L rows, since the patch tokens alone are not a matrix 
 the same rows, those of prefix tokens being of no account. The hidden activation Z and the branch M that a backward
 pass wants are written for the T * N samples only.
 
-Operands come through tensor descriptors (TMA), whose pipeline Triton builds, or through pointers with masks.
+Operands come through tensor descriptors (TMA), whose pipeline Triton builds, or through pointers with masks. A tile's
+rows are BLOCK_M, a power of two, and TAIL_M more in an accumulator of their own: 128 + 64 rows cut one image's tokens
+into as many tiles as a large GPU has multiprocessors, where 128 would leave a second wave nearly empty.
 """
 
 import triton
@@ -18,6 +20,7 @@ import triton.language as tl
 
 from fila_kernels.backends.triton.primitives import (
     add_product,
+    add_products,
     bilinear,
     clamped_image,
     gated,
@@ -96,28 +99,43 @@ def fc1_epilogue(
 
 @triton.jit
 def fc1_fwd_kernel(
-    x, s, w_x, w_s, p_bias, p_hidden, p_activated, p_projected, p_taps, p_weights, p_index,
+    x, x_tail, s, s_tail, w_x, w_s, p_bias, p_hidden, p_activated, p_projected, p_taps, p_weights, p_index,
     num_rows, length, prefix, size, images, height, width, token_width, feature_width, hidden_width,
     stride_t, stride_l, stride_w,
-    SAVE_HIDDEN: tl.constexpr, WRITE_ACTIVATED: tl.constexpr, PROJECTED: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SAVE_HIDDEN: tl.constexpr, WRITE_ACTIVATED: tl.constexpr, PROJECTED: tl.constexpr,
+    TMA: tl.constexpr, SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Z and A = gelu(Z). Columns go fastest: the programs that run together share rows, and W1 stays in L2."""
     blocks_n = tl.cdiv(hidden_width, BLOCK_N)
-    for i_tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M) * blocks_n, tl.num_programs(0)):
-        i_row = i_tile // blocks_n * BLOCK_M
+    for i_tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M + TAIL_M) * blocks_n, tl.num_programs(0)):
+        i_row = i_tile // blocks_n * (BLOCK_M + TAIL_M)
         i_col = i_tile % blocks_n * BLOCK_N
         row = i_row + tl.arange(0, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        acc = add_product(
-            acc, x, w_x, row, i_row, i_col, num_rows, hidden_width, token_width, length, stride_t, stride_l, stride_w,
-            True, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        if not PROJECTED:
-            acc = add_product(
-                acc, s, w_s, row, i_row, i_col, num_rows, hidden_width, feature_width, length,
-                length * feature_width, feature_width, stride_w, True, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        if TAIL_M:
+            tail = tl.zeros((TAIL_M, BLOCK_N), dtype=tl.float32)
+            acc, tail = add_products(acc, tail, x, x_tail, w_x, i_row, i_col, token_width, PRECISION, BLOCK_M, BLOCK_K)
+            if not PROJECTED:
+                acc, tail = add_products(
+                    acc, tail, s, s_tail, w_s, i_row, i_col, feature_width, PRECISION, BLOCK_M, BLOCK_K
+                )
+            fc1_epilogue(
+                tail, i_row + BLOCK_M + tl.arange(0, TAIL_M), i_col, p_bias, p_hidden, p_activated, p_projected,
+                p_taps, p_weights, p_index, num_rows, length, prefix, size, images, height, width, hidden_width,
+                SAVE_HIDDEN, WRITE_ACTIVATED, PROJECTED, SPLIT, TAIL_M, BLOCK_N,
             )  # fmt: skip
+        else:
+            acc = add_product(
+                acc, x, w_x, row, i_row, i_col, num_rows, hidden_width, token_width, length, stride_t, stride_l,
+                stride_w, True, TMA, SPECIALIZE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            if not PROJECTED:
+                acc = add_product(
+                    acc, s, w_s, row, i_row, i_col, num_rows, hidden_width, feature_width, length,
+                    length * feature_width, feature_width, stride_w, True, TMA, SPECIALIZE, PRECISION,
+                    BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
         fc1_epilogue(
             acc, row, i_col, p_bias, p_hidden, p_activated, p_projected, p_taps, p_weights, p_index,
             num_rows, length, prefix, size, images, height, width, hidden_width,
@@ -166,27 +184,36 @@ def fc2_epilogue(
 
 @triton.jit
 def fc2_fwd_kernel(
-    a, w, p_bias, p_alpha, p_tokens, p_out, p_branch,
+    a, a_tail, w, p_bias, p_alpha, p_tokens, p_out, p_branch,
     num_rows, length, prefix, hidden_width, token_width, stride_t, stride_l, stride_w,
     PRODUCT: tl.constexpr, WRITE_OUT: tl.constexpr, IN_PLACE: tl.constexpr, SAVE_BRANCH: tl.constexpr,
-    IF_CLOSED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    IF_CLOSED: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """M, and the fused tokens. IF_CLOSED computes only under a gate of zero, which no host has to look at."""
     alpha = tl.load(p_alpha).to(tl.float32)
     blocks_n = tl.cdiv(token_width, BLOCK_N)
-    num_tiles = tl.cdiv(num_rows, BLOCK_M) * blocks_n
+    num_tiles = tl.cdiv(num_rows, BLOCK_M + TAIL_M) * blocks_n
     if IF_CLOSED:
         num_tiles = tl.where(alpha == 0.0, num_tiles, 0)
     for i_tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        i_row = i_tile // blocks_n * BLOCK_M
+        i_row = i_tile // blocks_n * (BLOCK_M + TAIL_M)
         i_col = i_tile % blocks_n * BLOCK_N
         row = i_row + tl.arange(0, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        acc = add_product(
-            acc, a, w, row, i_row, i_col, num_rows, token_width, hidden_width, length, length * hidden_width,
-            hidden_width, stride_w, True, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        if TAIL_M:
+            tail = tl.zeros((TAIL_M, BLOCK_N), dtype=tl.float32)
+            acc, tail = add_products(acc, tail, a, a_tail, w, i_row, i_col, hidden_width, PRECISION, BLOCK_M, BLOCK_K)
+            fc2_epilogue(
+                tail, i_row + BLOCK_M + tl.arange(0, TAIL_M), i_col, alpha, p_bias, p_tokens, p_out, p_branch,
+                num_rows, length, prefix, token_width, stride_t, stride_l, PRODUCT, WRITE_OUT, IN_PLACE, SAVE_BRANCH,
+                SPLIT, TAIL_M, BLOCK_N,
+            )  # fmt: skip
+        else:
+            acc = add_product(
+                acc, a, w, row, i_row, i_col, num_rows, token_width, hidden_width, length, length * hidden_width,
+                hidden_width, stride_w, True, TMA, SPECIALIZE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         fc2_epilogue(
             acc, row, i_col, alpha, p_bias, p_tokens, p_out, p_branch, num_rows, length, prefix, token_width,
             stride_t, stride_l, PRODUCT, WRITE_OUT, IN_PLACE, SAVE_BRANCH, SPLIT, BLOCK_M, BLOCK_N,
@@ -223,7 +250,7 @@ def single_pass_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_H), dtype=tl.float32) + bias[None, :]
     acc = add_product(
         acc, p_tokens, p_w1, row, i_row, 0, num_rows, hidden_width, token_width, length, stride_t, stride_l, stride_w1,
-        True, False, PRECISION, BLOCK_M, BLOCK_H, BLOCK_K,
+        True, False, False, PRECISION, BLOCK_M, BLOCK_H, BLOCK_K,
     )  # fmt: skip
     p_w1_s = p_w1 + token_width + hidden.to(tl.int64)[None, :] * stride_w1
     for k in tl.range(0, feature_width, BLOCK_K):

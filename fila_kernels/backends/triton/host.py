@@ -55,6 +55,13 @@ def operand(tensor: Tensor, block: list[int], tma: bool) -> Any:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
 
 
+def tail(tensor: Tensor | None, config: GemmConfig) -> Any:
+    """The descriptor for a tile's second block of rows, where the config has one."""
+    if tensor is None or not config.tail_m:
+        return None
+    return operand(tensor, [config.tail_m, config.block_k], True)
+
+
 def precision(dtype: torch.dtype) -> str:
     """float32 products are exact to float32 unless PyTorch's own are allowed not to be."""
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -73,15 +80,17 @@ def product(problem: Problem, device: torch.device, config: Config | None = None
     """One program for each tile, or, with a persistent config, as many as run at a time."""
     config = choose(problem, device, config)
     assert isinstance(config, GemmConfig)
-    tiles = blocks(problem.m, config.block_m) * blocks(problem.n, config.block_n)
+    tiles = config.tiles(problem)
     if config.persistent and problem.kernel != "weight_gradient":
         limits = configs.device_of(device)
         tiles = min(tiles, limits.num_sms * configs.resident(config, problem, limits))
     constants = {
-        "TMA": config.tma, "PRECISION": precision(problem.dtype), "SPLIT": config.split_epilogue,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "TMA": config.tma, "SPECIALIZE": config.warp_specialize, "PRECISION": precision(problem.dtype),
+        "SPLIT": config.split_epilogue, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
+    if problem.kernel in configs.TAILED:
+        constants["TAIL_M"] = config.tail_m
     return Product(config, (tiles,), constants)
 
 

@@ -103,12 +103,12 @@ def row_offsets(row, length, stride_t, stride_l):
 @triton.jit
 def add_product(
     acc, a, b, row, i_row, i_col, num_rows, num_columns, depth, length, stride_t, stride_l, stride_b,
-    TRANSPOSED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc += a b' for b [num_columns, depth] if TRANSPOSED, else a b for b [depth, num_columns]; one tile."""
     if TMA:
-        for k in tl.range(0, depth, BLOCK_K):
+        for k in tl.range(0, depth, BLOCK_K, warp_specialize=SPECIALIZE):
             b_a = a.load([i_row, k])
             if TRANSPOSED:
                 b_b = b.load([i_col, k]).T
@@ -131,6 +131,19 @@ def add_product(
             b_b = tl.load(p_b, mask=in_depth[:, None] & in_columns[None, :], other=0.0)
             acc = tl.dot(b_a, b_b, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def add_products(
+    acc, acc_tail, a, a_tail, b, i_row, i_col, depth, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc += a b' for BLOCK_M rows and acc_tail += a b' for those after them, by descriptors; b is read once."""
+    for k in tl.range(0, depth, BLOCK_K):
+        b_b = b.load([i_col, k]).T
+        acc = tl.dot(a.load([i_row, k]), b_b, acc, input_precision=PRECISION)
+        acc_tail = tl.dot(a_tail.load([i_row + BLOCK_M, k]), b_b, acc_tail, input_precision=PRECISION)
+    return acc, acc_tail
 
 
 @triton.jit

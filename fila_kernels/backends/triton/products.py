@@ -19,6 +19,7 @@ from fila_kernels.backends.triton.host import (
     precision,
     product,
     run,
+    tail,
 )
 
 
@@ -41,8 +42,9 @@ def fc1(
     taps, weights = tables or (None, None)
     run(
         forward.fc1_fwd_kernel, how.grid,
-        operand(flat, block_a, tma) if tma and flat is not None else tokens,
+        operand(flat, block_a, tma) if tma and flat is not None else tokens, tail(flat, how.config),
         None if s is None else operand(s.view(rows, -1), block_a, tma),
+        None if s is None else tail(s.view(rows, -1), how.config),
         operand(weight_x, block_b, tma), None if s is None else operand(weight_s, block_b, tma),
         call.fc1_bias.contiguous(), hidden, activated, projected, taps, weights, call.image_index.contiguous(),
         rows, length, shape.prefix, shape.grid, shape.images, shape.height, shape.width,
@@ -66,7 +68,7 @@ def fc2(
     how = product(problem, tokens.device, config)
     run(
         forward.fc2_fwd_kernel, how.grid,
-        operand(a, [how.config.block_m, how.config.block_k], how.config.tma),
+        operand(a, [how.config.block_m, how.config.block_k], how.config.tma), tail(a, how.config),
         operand(weight, [how.config.block_n, how.config.block_k], how.config.tma),
         call.fc2_bias.contiguous(), call.alpha, tokens, out, branch,
         rows, length, shape.prefix, shape.hidden_width, shape.token_width,
