@@ -2,7 +2,10 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <cmath>
 #include <string>
+#include <vector>
 
 namespace fila {
 
@@ -16,6 +19,40 @@ std::string device_of(const Tensor& tensor) {
     return "the CPU";
   }
   return tensor.is_cuda() ? "CUDA device " + std::to_string(tensor.get_device_index()) : "another device";
+}
+
+int64_t square_root(int64_t number) {
+  int64_t root = static_cast<int64_t>(std::sqrt(static_cast<double>(number)));
+  while (root * root > number) {
+    --root;
+  }
+  while ((root + 1) * (root + 1) <= number) {
+    ++root;
+  }
+  return root;
+}
+
+void check_parameter(const char* op, const char* name, const Tensor& tensor, const Tensor& tokens,
+                     std::vector<int64_t> shape, const char* letters) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  std::string expected = "[";
+  for (size_t axis = 0; axis < shape.size(); ++axis) {
+    same = same && tensor.size(axis) == shape[axis];
+    expected += (axis == 0 ? "" : ", ") + std::to_string(shape[axis]);
+  }
+  require(same, op, "expected ", name, " of shape ", letters, " = ", expected, "], got ", tensor);
+  check_device(op, name, tensor, tokens);
+  require(tensor.scalar_type() == tokens.scalar_type(), op, "expected ", name, " of dtype ",
+          toString(tokens.scalar_type()), " (as tokens), got ", toString(tensor.scalar_type()));
+}
+
+void check_saved(const char* op, const char* name, const std::optional<Tensor>& saved, const Tensor& tokens,
+                 int64_t rows, int64_t width) {
+  if (!saved.has_value()) {
+    return;
+  }
+  check_parameter(op, name, *saved, tokens, {rows, width}, "[T * N, width]");
+  require(saved->is_contiguous(), op, "expected a contiguous ", name);
 }
 
 }  // namespace
@@ -75,6 +112,44 @@ Geometry check_backward(const char* op, const Tensor& grad, const Tensor& boxes,
   check_boxes(op, boxes, image_index, geometry, grad);
   checked_product(op, "a gradient", {images, height, width, grad.size(3)});
   return geometry;
+}
+
+ForwardSizes check_forward(const char* op, const ForwardArguments& a, Device device,
+                           std::initializer_list<const char*> plans) {
+  require(a.gate == "product" || a.gate == "scale", op, "expected gate 'product' or 'scale', got '", a.gate, "'");
+  std::string served;
+  for (const char* plan : plans) {
+    served += std::string(served.empty() ? "'" : plan == *(plans.end() - 1) ? " or '" : ", '") + plan + "'";
+  }
+  require(std::find(plans.begin(), plans.end(), a.plan) != plans.end(), op, "expected plan ", served, ", got '", a.plan,
+          "'");
+  check_map(op, "features", a.features, "[B, h, w, C]", device);
+  require(a.tokens.dim() == 3, op, "expected tokens of shape [T, P + N, D], got ", a.tokens);
+  check_device(op, "tokens", a.tokens, a.features);
+  require(a.tokens.scalar_type() == a.features.scalar_type(), op, "expected features of dtype ",
+          toString(a.tokens.scalar_type()), " (as tokens), got ", toString(a.features.scalar_type()));
+  const int64_t prefix = a.num_prefix_tokens, patches = a.tokens.size(1) - prefix;
+  require(prefix >= 0 && patches >= 1 && square_root(patches) * square_root(patches) == patches, op,
+          "expected tokens with num_prefix_tokens of 0 or more and a square number of patch tokens, got ", a.tokens,
+          " and ", prefix);
+  const int64_t grid = square_root(patches), width = a.tokens.size(2), channels = a.features.size(3);
+  const int64_t hidden = a.fc1_weight.dim() > 0 ? a.fc1_weight.size(0) : 0;
+  require(width <= 1 || a.tokens.stride(2) == 1, op, "expected tokens with a last stride of 1, got ",
+          a.tokens.stride(2));
+  const Geometry geometry{a.features.size(0), a.features.size(1), a.features.size(2), a.tokens.size(0), grid};
+  require(a.boxes.dim() != 2 || a.boxes.size(0) == geometry.tiles, op, "expected boxes of shape [", geometry.tiles,
+          ", 4] (as tokens), got ", a.boxes);
+  check_boxes(op, a.boxes, a.image_index, geometry, a.features);
+  check_parameter(op, "fc1_weight", a.fc1_weight, a.tokens, {hidden, width + channels}, "[H, D + C]");
+  check_parameter(op, "fc1_bias", a.fc1_bias, a.tokens, {hidden}, "[H]");
+  check_parameter(op, "fc2_weight", a.fc2_weight, a.tokens, {width, hidden}, "[D, H]");
+  check_parameter(op, "fc2_bias", a.fc2_bias, a.tokens, {width}, "[D]");
+  check_parameter(op, "alpha", a.alpha, a.tokens, {1}, "[1]");
+  const int64_t rows = checked_product(op, "tokens", {geometry.tiles, patches});
+  checked_product(op, "a hidden activation", {rows, std::max(hidden, width + channels)});
+  check_saved(op, "hidden", a.hidden, a.tokens, rows, hidden);
+  check_saved(op, "branch", a.branch, a.tokens, rows, width);
+  return {prefix, grid, patches, width, hidden, channels, geometry};
 }
 
 }  // namespace fila

@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
 
 #include "check.h"
 
@@ -34,5 +37,23 @@ void check_device(const char* op, const char* name, const torch::stable::Tensor&
 Geometry check_backward(const char* op, const torch::stable::Tensor& grad, const torch::stable::Tensor& boxes,
                         const torch::stable::Tensor& image_index, int64_t images, int64_t height, int64_t width,
                         Device device);
+
+// What the fused forward pass is called with.
+struct ForwardArguments {
+  torch::stable::Tensor tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha;
+  int64_t num_prefix_tokens;
+  std::string gate, plan;
+  std::optional<torch::stable::Tensor> hidden, branch;
+};
+
+// Letters: T tiles, P prefix tokens, G grid side, N = G * G, D token width, H hidden width, C feature channels.
+struct ForwardSizes {
+  int64_t prefix, grid, patches, width, hidden, channels;
+  Geometry geometry;
+};
+
+// Refuses tensors that do not fit together and settings that are not served, `plans` being those that are.
+ForwardSizes check_forward(const char* op, const ForwardArguments& arguments, Device device,
+                           std::initializer_list<const char*> plans);
 
 }  // namespace fila

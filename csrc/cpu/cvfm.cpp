@@ -35,16 +35,10 @@ constexpr const char* kOp = "fila::cvfm_forward";
 // third shares out. Smaller blocks make the products slower.
 constexpr int64_t kBlockBytes = int64_t(5) << 19;
 
-// Letters: T tiles, P prefix tokens, G grid side, N = G * G, D token width, H hidden width, C feature channels.
-struct Sizes {
-  int64_t prefix, grid, patches, width, hidden, channels;
-};
-
 // What one call computes with.
 struct Call {
   Tensor tokens, fc1_weight, fc1_bias, fc2_weight, fc2_bias;
-  Sizes sizes;
-  Geometry geometry;
+  ForwardSizes sizes;
   double alpha;
   bool product;
   bool projected;
@@ -87,14 +81,14 @@ Scalar* mutable_data_of(const Tensor& tensor) {
 
 // Patch row `row` of T * N, within the tokens or a result laid out like them.
 template <typename Scalar>
-Scalar* token_row(Scalar* data, int64_t stride_tile, int64_t stride_token, const Sizes& s, int64_t row) {
+Scalar* token_row(Scalar* data, int64_t stride_tile, int64_t stride_token, const ForwardSizes& s, int64_t row) {
   return data + row / s.patches * stride_tile + (s.prefix + row % s.patches) * stride_token;
 }
 
 // Rows [first, last) in lines of G samples. Blocks are whole tiles, or equal parts of one.
 std::vector<std::pair<int64_t, int64_t>> make_blocks(const Call& call, int64_t element) {
-  const Sizes& s = call.sizes;
-  const int64_t lines = call.geometry.tiles * s.grid;
+  const ForwardSizes& s = call.sizes;
+  const int64_t lines = call.sizes.geometry.tiles * s.grid;
   const int64_t line_bytes = std::max<int64_t>(1, s.grid * std::max(s.hidden, s.width) * element);
   const int64_t most = std::max<int64_t>(1, kBlockBytes / line_bytes);
   int64_t step = most / s.grid * s.grid;
@@ -118,10 +112,10 @@ class FirstLayer {
  public:
   FirstLayer(const Call& call, const Tensor& features, const Taps& taps, int64_t most_rows)
       : call_(call), taps_(taps), map_(features) {
-    const Sizes& s = call.sizes;
+    const ForwardSizes& s = call.sizes;
     if (call.projected) {
       // R(F) W' = R(F W'), and a constant passes through R unchanged: bilinear weights sum to one.
-      const Geometry& g = call.geometry;
+      const Geometry& g = call.sizes.geometry;
       const Tensor cells = torch::stable::reshape(features, {g.images * g.height * g.width, s.channels});
       weight_x_ = matrix_columns(call.fc1_weight, 0, s.width);
       const Tensor weight_s = matrix_columns(call.fc1_weight, s.width, s.channels);
@@ -135,7 +129,7 @@ class FirstLayer {
 
   // [X ; S] of lines [first, last).
   Tensor joint(int64_t first, int64_t last) {
-    const Sizes& s = call_.sizes;
+    const ForwardSizes& s = call_.sizes;
     const int64_t columns = s.width + s.channels;
     Scalar* target = mutable_data_of<Scalar>(joint_);
     const MapView<Scalar> map = view_map<Scalar>(map_);
@@ -148,7 +142,7 @@ class FirstLayer {
 
   // Z of lines [first, last) into `out`.
   void operator()(int64_t first, int64_t last, const Tensor& out) {
-    const Sizes& s = call_.sizes;
+    const ForwardSizes& s = call_.sizes;
     if (!call_.projected) {
       linear_into(out, call_.fc1_bias, joint(first, last), call_.fc1_weight);
       return;
@@ -173,7 +167,7 @@ class FirstLayer {
 
  private:
   void copy_tokens(int64_t first, int64_t last, Scalar* out, int64_t out_stride) const {
-    const Sizes& s = call_.sizes;
+    const ForwardSizes& s = call_.sizes;
     const Scalar* tokens = data_of<Scalar>(call_.tokens);
     const int64_t stride_tile = call_.tokens.stride(0), stride_token = call_.tokens.stride(1);
     for (int64_t row = first * s.grid; row < last * s.grid; ++row, out += out_stride) {
@@ -196,8 +190,8 @@ template <typename Scalar>
 void run(const Call& call, const Tensor& features, const Taps& taps, const Tensor& out, const Tensor* hidden,
          const Tensor* branch) {
   using Real = accumulate_t<Scalar>;
-  const Sizes& s = call.sizes;
-  const Geometry& g = call.geometry;
+  const ForwardSizes& s = call.sizes;
+  const Geometry& g = call.sizes.geometry;
   const bool closed = call.alpha == 0.0;
   const int64_t stride_tile = call.tokens.stride(0), stride_token = call.tokens.stride(1);
   const Scalar* tokens = data_of<Scalar>(call.tokens);
@@ -282,83 +276,23 @@ double scalar_of(const Tensor& tensor) {
   }
 }
 
-int64_t square_root(int64_t number) {
-  int64_t root = static_cast<int64_t>(std::sqrt(static_cast<double>(number)));
-  while (root * root > number) {
-    --root;
-  }
-  while ((root + 1) * (root + 1) <= number) {
-    ++root;
-  }
-  return root;
-}
-
-void check_parameter(const char* name, const Tensor& tensor, const Tensor& tokens, std::vector<int64_t> shape,
-                     const char* letters) {
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::string expected = "[";
-  for (size_t axis = 0; axis < shape.size(); ++axis) {
-    same = same && tensor.size(axis) == shape[axis];
-    expected += (axis == 0 ? "" : ", ") + std::to_string(shape[axis]);
-  }
-  require(same, kOp, "expected ", name, " of shape ", letters, " = ", expected, "], got ", tensor);
-  require_cpu(kOp, name, tensor);
-  require(tensor.scalar_type() == tokens.scalar_type(), kOp, "expected ", name, " of dtype ",
-          toString(tokens.scalar_type()), " (as tokens), got ", toString(tensor.scalar_type()));
-}
-
-void check_saved(const char* name, const std::optional<Tensor>& saved, const Tensor& tokens, int64_t rows,
-                 int64_t width) {
-  if (!saved.has_value()) {
-    return;
-  }
-  check_parameter(name, *saved, tokens, {rows, width}, "[T * N, width]");
-  require(saved->is_contiguous(), kOp, "expected a contiguous ", name);
-}
-
 Tensor cvfm_forward(Tensor tokens, Tensor features, Tensor boxes, Tensor image_index, Tensor fc1_weight,
                     Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor alpha, int64_t num_prefix_tokens,
                     std::string gate, std::string plan, std::optional<Tensor> hidden, std::optional<Tensor> branch,
                     bool check_values) {
-  require(gate == "product" || gate == "scale", kOp, "expected gate 'product' or 'scale', got '", gate, "'");
-  require(plan == "sample_first" || plan == "project_first", kOp,
-          "expected plan 'sample_first' or 'project_first', got '", plan, "'");
-  check_map(kOp, "features", features, "[B, h, w, C]", Device::kCpu);
-  require(tokens.dim() == 3, kOp, "expected tokens of shape [T, P + N, D], got ", tokens);
-  require_cpu(kOp, "tokens", tokens);
-  require(tokens.scalar_type() == features.scalar_type(), kOp, "expected features of dtype ",
-          toString(tokens.scalar_type()), " (as tokens), got ", toString(features.scalar_type()));
-  const int64_t patches = tokens.size(1) - num_prefix_tokens;
-  require(num_prefix_tokens >= 0 && patches >= 1 && square_root(patches) * square_root(patches) == patches, kOp,
-          "expected tokens with num_prefix_tokens of 0 or more and a square number of patch tokens, got ", tokens,
-          " and ", num_prefix_tokens);
-  const Sizes s{
-      num_prefix_tokens, square_root(patches), patches, tokens.size(2), fc1_weight.dim() > 0 ? fc1_weight.size(0) : 0,
-      features.size(3)};
-  require(s.width <= 1 || tokens.stride(2) == 1, kOp, "expected tokens with a last stride of 1, got ",
-          tokens.stride(2));
-  const Geometry g{features.size(0), features.size(1), features.size(2), tokens.size(0), s.grid};
-  require(boxes.dim() != 2 || boxes.size(0) == g.tiles, kOp, "expected boxes of shape [", g.tiles,
-          ", 4] (as tokens), got ", boxes);
-  check_boxes(kOp, boxes, image_index, g, features);
-  check_parameter("fc1_weight", fc1_weight, tokens, {s.hidden, s.width + s.channels}, "[H, D + C]");
-  check_parameter("fc1_bias", fc1_bias, tokens, {s.hidden}, "[H]");
-  check_parameter("fc2_weight", fc2_weight, tokens, {s.width, s.hidden}, "[D, H]");
-  check_parameter("fc2_bias", fc2_bias, tokens, {s.width}, "[D]");
-  check_parameter("alpha", alpha, tokens, {1}, "[1]");
-  const int64_t rows = checked_product(kOp, "tokens", {g.tiles, patches});
-  checked_product(kOp, "a hidden activation", {rows, std::max(s.hidden, s.width + s.channels)});
-  const Taps taps = make_taps(kOp, boxes, image_index, g, check_values);
-
-  check_saved("hidden", hidden, tokens, rows, s.hidden);
-  check_saved("branch", branch, tokens, rows, s.width);
+  const ForwardSizes sizes = check_forward(kOp,
+                                           {tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight,
+                                            fc2_bias, alpha, num_prefix_tokens, gate, plan, hidden, branch},
+                                           Device::kCpu, {"sample_first", "project_first"});
+  const Taps taps = make_taps(kOp, boxes, image_index, sizes.geometry, check_values);
 
   const Tensor out = torch::stable::new_empty(tokens, {tokens.size(0), tokens.size(1), tokens.size(2)});
   if (tokens.numel() == 0) {
     return out;
   }
-  const Call call{tokens, fc1_weight, fc1_bias,         fc2_weight,        fc2_bias,
-                  s,      g,          scalar_of(alpha), gate == "product", plan == "project_first"};
+  const Call call{tokens,           fc1_weight,        fc1_bias,
+                  fc2_weight,       fc2_bias,          sizes,
+                  scalar_of(alpha), gate == "product", plan == "project_first"};
   const Tensor* hidden_rows = hidden.has_value() ? &*hidden : nullptr;
   const Tensor* branch_rows = branch.has_value() ? &*branch : nullptr;
   switch (tokens.scalar_type()) {
