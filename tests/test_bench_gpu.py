@@ -1,0 +1,167 @@
+"""What a GPU is wanted for, without one: the goals read off made-up rows, the plots, the sections of `make gpu`."""
+
+import csv
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import goals, gpu, plots, records
+from bench.cases import SUITES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def row(**values) -> dict[str, str]:
+    """A line of a CSV, read back."""
+    start = {
+        "device": "NVIDIA H200", "operation": "cvfm", "direction": "forward", "note": "", "clock": "events",
+        "p50_ms": "1", "torch": "2.11.0", "commit": "abc",
+    }  # fmt: skip
+    return dict.fromkeys(records.COLUMNS, "") | start | {name: str(value) for name, value in values.items()}
+
+
+def gpu_rows() -> list[dict[str, str]]:
+    """A made-up GPU on which everything of this package takes half of eager's and four fifths of compile's time."""
+    rows = []
+    roof = {"roof_flops": 1e12, "roof_bytes": 1e12, "floor_flops": 1e8, "floor_bytes": 4e8}
+    for images in (1, 8, 32):
+        for raster in (768, 1536):
+            for stage in (1, 2, 3, 4):
+                for direction in ("forward", "forward+backward"):
+                    common = roof | {"case": goals.case(raster, stage, images), "direction": direction}
+                    kept = {"kept_bytes": 100} if direction != "forward" else {}
+                    rows += [
+                        row(**common, variant="tuned_eager", p50_ms=1.0, **kept),
+                        row(**common, variant="compile", p50_ms=0.9),
+                        row(**common, variant="compile_tapped", p50_ms=0.625),
+                        row(
+                            **common,
+                            variant="triton",
+                            p50_ms=0.5,
+                            host_ms=0.04,
+                            error=1.05,
+                            **(kept and {"kept_bytes": 30}),
+                        ),
+                        row(**common, variant="triton_graph", p50_ms=0.03),
+                        row(**common, variant="triton_recompute", p50_ms=0.6, **(kept and {"kept_bytes": 0})),
+                    ]
+    common = roof | {"operation": "crop_resize", "direction": "backward", "case": goals.case(768, 1, 8)}
+    rows += [row(**common, variant="triton", p50_ms=0.5), row(**common, variant="scattered", p50_ms=0.4)]
+    return rows
+
+
+def test_goals_are_read_off_the_rows_and_missing_ones_say_so():
+    assert {line[3] for line in goals.lines([])} == {"not measured"}
+    found = [line[3] for line in goals.lines(gpu_rows())]
+    assert found == [
+        "2.00x / 1.25x", "2.00x / 1.25x", "1.25x", "2.00x / 2.00x", "2.00x", "0.80 / 0.80", "not measured", "30 us",
+        "80%", "0.30 / 0.00", "40 us", "1.05x", "+25%",
+    ]  # fmt: skip
+    partly = [r for r in gpu_rows() if "compile" not in r["variant"]]
+    assert goals.lines(partly)[0][3] == "2.00x / not measured"
+    untimed = [r | {"p50_ms": "", "note": "red"} if r["variant"] == "triton" else r for r in gpu_rows()]
+    assert goals.lines(untimed)[4][3] == "not measured"
+
+
+def test_plots_are_made_from_csv_alone(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "made_up.csv"
+    for line in gpu_rows():
+        records.append(path, line)
+    assert plots.main([str(path), "--out", str(tmp_path / "plots")]) == 0
+    drawn = {file.name for file in (tmp_path / "plots").iterdir()}
+    assert drawn == {
+        "made_up_cvfm_forward.png", "made_up_cvfm_forward_backward.png",
+        "made_up_roofline_forward.png", "made_up_roofline_forward_backward.png",
+    }  # fmt: skip
+    ratios = plots.speed_ups(records.read(path), "cvfm", "forward")
+    assert set(ratios["triton"].values()) == {2.0}
+    assert plots.points(records.read(path), "forward")["triton"][0] == (0.25, 2e11)
+    assert plots.main([str(tmp_path / "none.csv")]) == 1
+
+
+def test_gpu_sections_stay_within_the_limits(capsys):
+    assert gpu.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    for section in gpu.SECTIONS:
+        assert section.limit <= 240
+        assert f"{section.name:<16}" in listed
+    assert gpu.SECTIONS[0].gate, "correctness comes before speed"
+    assert len(gpu.FILES) <= 8
+    suites = {s for section in gpu.SECTIONS for part in section.command for s in part.split(",") if s in SUITES}
+    assert suites == set(SUITES) - {"cpu", "tiny"}, "every suite of real shapes has its section"
+
+
+def test_gpu_dry_run_names_commands_that_parse(tmp_path, capsys):
+    assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(gpu.SECTIONS)
+    assert not list(tmp_path.iterdir())
+    for line in lines:
+        assert " -m " in line
+        assert "{" not in line
+    assert gpu.main(["--dry-run", "--only", "bench-8"]) == 0
+    only = capsys.readouterr().out
+    assert [line.split(":")[0] for line in only.splitlines()] == ["correctness", "bench-8"]
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", "--only", "bench-9"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_one_line_and_exit_2(tmp_path):
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == gpu.NO_GPU == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "sees no CUDA device; nothing was run" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tuned_table_comes_back_from_the_results(tmp_path):
+    out, table = tmp_path / "out", tmp_path / "tables" / "gpu.json"
+    out.mkdir()
+    gpu.restore_table(out, table)
+    assert not table.exists()
+    (out / "gpu.json").write_text("saved")
+    gpu.restore_table(out, table)
+    assert table.read_text() == "saved"
+    (out / "gpu.json").write_text("older")
+    gpu.restore_table(out, table)
+    assert table.read_text() == "saved", "what the package has is not overwritten"
+
+
+def section(name: str, code: str, limit: int = 100, gate: bool = False) -> gpu.Section:
+    return gpu.Section(name, limit, ("-c", code), gate, "")
+
+
+def test_sections_resume_stop_in_time_and_stop_at_red(tmp_path, capsys):
+    good = section("good", "print('{out}'); print('fine')")
+    late = section("late", f"raise SystemExit({gpu.UNFINISHED})")
+    bad = section("bad", "raise SystemExit(1)")
+    slow = section("slow", "import time; print('begun', flush=True); time.sleep(60)")
+    assert gpu.run_all([good, late], tmp_path, 0, "c1", "gpu") == gpu.UNFINISHED
+    states = {s["section"]: s for s in gpu.read_states(tmp_path)}
+    assert states["good"]["status"] == "done"
+    assert states["good"]["last_line"] == "fine"
+    assert states["late"]["status"] == "unfinished"
+    capsys.readouterr()
+    assert gpu.run_all([good], tmp_path, 0, "c1", "gpu") == 0
+    assert "good: done before" in capsys.readouterr().out
+    assert gpu.run_all([good], tmp_path, 0, "c2", "gpu") == 0
+    assert "done before" not in capsys.readouterr().out, "another commit is measured anew"
+    assert gpu.run_all([dataclasses.replace(bad, gate=True), good], tmp_path, 0, "c3", "gpu") == 1
+    assert "is not green, so nothing is timed" in capsys.readouterr().out
+    assert gpu.run_all([bad, good], tmp_path, 0, "c4", "gpu") == 1
+    assert "good: done" in capsys.readouterr().out
+    status, last = gpu.run_section(slow, tmp_path, 2.0)
+    assert status == "unfinished"
+    assert last == "stopped after 2 s: begun"
+    assert gpu.run_all([slow], tmp_path, 10, "c5", "gpu") == gpu.UNFINISHED
+    assert "slow: no time left" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"sections.csv", "log.txt"}
+    with (tmp_path / "sections.csv").open(newline="") as file:
+        assert tuple(next(csv.reader(file))) == gpu.FIELDS
