@@ -1,4 +1,4 @@
-"""What the operation is measured against: E0 naive eager, E1 tuned eager, L what an expert makes of library calls.
+"""What the operation is measured against: E0 naive eager, E1 tuned eager, and the crop-resize of `bench.library`.
 
 E2 (E1 in a CUDA graph) and C (E1 through torch.compile) are made of E1 in `bench.variants`. Slicing knows whole cells
 only, so all of them take rounded boxes; on a GPU they take boxes and indices as Python lists, which a careful user
@@ -81,27 +81,6 @@ def _resize(crops: list[Tensor], size: int) -> Tensor:
     batch = torch.stack(crops) if len(crops) > 1 else crops[0][None]
     batch = batch.contiguous(memory_format=torch.channels_last)
     return F.interpolate(batch, size=(size, size), mode="bilinear", align_corners=False)
-
-
-def library(
-    tokens: Tensor, features: Tensor, boxes: Boxes, image_index: Indices, fc1_weight: Tensor, fc1_bias: Tensor,
-    fc2_weight: Tensor, fc2_bias: Tensor, alpha: Tensor, *, num_prefix_tokens: int = 1,
-) -> Tensor:  # fmt: skip
-    """L: only the cells that count are read, cuBLASLt's bias and GELU epilogue, alpha folded into fc2.
-
-    Forward only: `_addmm_activation` has no derivative, its epilogue keeps no pre-activation. On a GPU its GELU is the
-    tanh form; where that is too far from the definition the gate leaves this baseline out.
-    """
-    width = tokens.shape[-1]
-    patches = tokens[:, num_prefix_tokens:]
-    sampled = tapped_resize(features, boxes, image_index, int(patches.shape[1] ** 0.5)).flatten(1, 2)
-    joint = torch.cat([patches, sampled], dim=-1).flatten(0, 1)
-    hidden = torch._addmm_activation(fc1_bias, joint, fc1_weight.t(), use_gelu=True)
-    branch = torch.addmm(fc2_bias * alpha, hidden, (fc2_weight * alpha).t()).tanh_()
-    out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
-    out[:, :num_prefix_tokens] = tokens[:, :num_prefix_tokens]
-    torch.add(patches, branch.view(-1, patches.shape[1], width), out=out[:, num_prefix_tokens:])
-    return out
 
 
 def tapped_resize(features: Tensor, boxes: Boxes, image_index: Indices, size: int) -> Tensor:

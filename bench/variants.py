@@ -9,7 +9,7 @@
 | `compile` | C: E1 through `torch.compile(mode="max-autotune")` |
 | `compile_no_graphs` | the same without CUDA graphs, which copy inputs that move |
 | `compile_tapped` | `tapped_eager` through `torch.compile(mode="max-autotune-no-cudagraphs")` |
-| `library` | L: tapped crop-resize, cuBLASLt's bias and GELU epilogue, alpha folded into fc2; forward only |
+| `library` | L: tapped crop-resize, cuBLASLt's epilogues, alpha folded into fc2; see `bench.library` |
 | `quack` | L with quack's CuTe GEMMs and their GELU and tanh epilogues; forward only |
 | `torch`, `triton`, `cuda` | this package's backends |
 | `torch_calls` | the `torch` backend without the compiled operators; forward only |
@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.baselines import Boxes, Indices, library, naive_eager, tapped_resize, tuned_eager
+from bench.baselines import Boxes, Indices, naive_eager, tapped_resize, tuned_eager
+from bench.library import library
 from fila_kernels import cvfm, dispatch, native, planner
 
 Function = Callable[..., Tensor]
@@ -110,7 +111,7 @@ REGISTRY = {
         Variant("compile", _compiled(tuned_eager, "max-autotune")),
         Variant("compile_no_graphs", _compiled(tuned_eager, "max-autotune-no-cudagraphs")),
         Variant("compile_tapped", _compiled(tapped_eager, "max-autotune-no-cudagraphs")),
-        Variant("library", lambda: library, forward_only=True),
+        Variant("library", lambda: library),
         Variant("quack", lambda: quack, forward_only=True),
         Variant("torch_calls", lambda: torch_calls, ours=True, forward_only=True),
         *(variant for backend in BACKENDS for variant in _ours(backend)),

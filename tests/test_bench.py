@@ -9,6 +9,7 @@ import torch
 from bench import baselines, roofline, variants, verify
 from bench.cases import SUITES, Case
 from bench.crop_resize_baselines import grid_sample, scattered_backward
+from bench.library import library
 from fila_kernels import crop_resize, cvfm, reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ def test_baselines_compute_the_definition(case):
     inputs = whole(case)
     expected = reference.cvfm(**inputs, num_prefix_tokens=case.prefix)
     lists = inputs | {"boxes": inputs["boxes"].int().tolist(), "image_index": inputs["image_index"].tolist()}
-    for function in (baselines.naive_eager, baselines.tuned_eager, baselines.library, variants.tapped_eager):
+    for function in (baselines.naive_eager, baselines.tuned_eager, library, variants.tapped_eager):
         found = function(**lists, num_prefix_tokens=case.prefix)
         assert (found - expected).abs().max() <= 1e-5, function.__name__
     arguments = (inputs["features"], inputs["boxes"], inputs["image_index"], case.grid)
@@ -55,6 +56,16 @@ def test_baselines_compute_the_definition(case):
     grad = torch.randn_like(out)
     scattered = scattered_backward(grad, arguments[1], arguments[2], tuple(features.shape[:3]))
     assert (scattered - torch.autograd.grad(out, features, grad)[0]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("case", SMALL[:3], ids=lambda case: case.name)
+def test_the_library_baseline_passes_the_gate_in_both_directions(case):
+    inputs = whole(case)
+    lists = inputs | {"boxes": inputs["boxes"].int().tolist(), "image_index": inputs["image_index"].tolist()}
+    for grad in (None, torch.randn_like(inputs["tokens"])):
+        gate = verify.Gate(case, inputs, grad)
+        verdict = gate(verify.step(library, lists, case.wanted, grad, num_prefix_tokens=case.prefix))
+        assert verdict.green, verdict.worst
 
 
 def test_the_floor_takes_the_cheaper_way_and_counts_by_hand():
