@@ -73,6 +73,18 @@ struct alignas(sizeof(Scalar) * kWidth) Pack {
   Scalar element[kWidth];
 };
 
+// Writes a pack, on a GPU in one access of 16 bytes: copies of the structure are at times split into four.
+template <typename Scalar, int kWidth>
+FILA_HOST_DEVICE void store_pack(const Pack<Scalar, kWidth>& pack, Scalar* out) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(pack) == sizeof(uint4)) {
+    __stwb(reinterpret_cast<uint4*>(out), *reinterpret_cast<const uint4*>(&pack));
+    return;
+  }
+#endif
+  *reinterpret_cast<Pack<Scalar, kWidth>*>(out) = pack;
+}
+
 constexpr int kColumns = 8;
 constexpr int kMostThreads = 256;
 constexpr int kWarp = 32;
@@ -145,7 +157,7 @@ FILA_HOST_DEVICE void gather_pack(const Scalar* image, const PlacedTap& y, const
     }
     result.element[k] = N::narrow(two_rows ? y.lower * upper + y.upper * lower : upper);
   }
-  *reinterpret_cast<Vector*>(out) = result;
+  store_pack(result, out);
 }
 
 // Thread `thread` of `threads` gathers its share of block `block` from `taps`: kColumns columns', then the line's.
@@ -290,7 +302,7 @@ FILA_HOST_DEVICE void sum_pack(const SampleGradients<Scalar>& grad, const CropTa
   for (int k = 0; k < kWidth; ++k) {
     result.element[k] = Number<Scalar>::narrow(sum[k]);
   }
-  *reinterpret_cast<Vector*>(out) = result;
+  store_pack(result, out);
 }
 
 // Thread `thread` of `threads` sums its share of block `block` of the dense maps' rows.

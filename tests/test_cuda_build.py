@@ -1,0 +1,283 @@
+"""How the CUDA half of csrc/ is built: what setup.py decides, what the units' checker finds, one library for any torch.
+
+Compiling needs nvcc and the headers of CUTLASS, and no GPU; without them those tests are skipped.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import cuda_units
+
+ROOT = Path(__file__).resolve().parent.parent
+MISSING = cuda_units.missing_tool()
+needs_nvcc = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """setup.py as a module, with no variable of the caller's that it listens to."""
+    for name in ("CUDACXX", "CUDA_HOME", "CUTLASS_PATH", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST", "FILA_KERNELS_BUILD_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    return cuda_units.setup_module()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("8.0;9.0a;10.0a", ["8.0", "9.0a", "10.0a"]),
+        ("8.0 9.0a", ["8.0", "9.0a"]),
+        (" 8.6, 8.9+PTX ;8.6", ["8.6", "8.9+PTX"]),
+        ("7.5 12.0", ["12.0"]),
+        ("10.0f", ["10.0f"]),
+    ],
+)
+def test_architectures_are_written_as_pytorch_writes_them(build, text, found):
+    assert build.parse_architectures(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Hopper", "expected numbers such as 8.0, 9.0a or 10.0a.PTX, separated by semicolons or spaces, got 'Hopper'"),
+        ("8.0;90a", "got '90a' in '8.0;90a'"),
+        ("sm_80", "got 'sm_80'"),
+        ("7.0;7.5", "an architecture of 8.0 or above, got '7.0;7.5'"),
+        (" ", "got ''"),
+    ],
+)
+def test_other_architectures_are_refused(build, text, message):
+    with pytest.raises(SystemExit, match=message):
+        build.parse_architectures(text)
+
+
+def torch_of(folder: Path, cuda: str) -> Path:
+    (folder / "version.py").write_text(f"from typing import Optional\ncuda: Optional[str] = {cuda}\nhip = None\n")
+    return folder
+
+
+def settings_of(build, monkeypatch, torch_dir: Path, **variables: str) -> dict[str, str]:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return dict(setting.removeprefix("-D").split("=", 1) for setting in build.cuda_settings(torch_dir))
+
+
+@pytest.fixture
+def tools(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "find_nvcc", lambda: Path("/cuda/bin/nvcc"))
+    monkeypatch.setattr(build, "find_cutlass", lambda: Path("/cutlass/include"))
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize(
+    ("choice", "cuda", "built"),
+    [("auto", "'13.0'", True), ("auto", "None", False), ("1", "None", True), ("0", "'13.0'", False)],
+)
+def test_cuda_kernels_follow_the_setting_and_the_torch(build, monkeypatch, tmp_path, choice, cuda, built):
+    found = settings_of(build, monkeypatch, torch_of(tmp_path, cuda), FILA_KERNELS_BUILD_CUDA=choice)
+    assert ("FILA_CUDA_ARCHITECTURES" in found) == built
+    assert ("FILA_WITHOUT_CUDA" in found) != built
+    if built:
+        assert found["FILA_CUDA_ARCHITECTURES"] == "8.0;9.0a;10.0a"
+        assert found["FILA_CUTLASS_DIR"] == "/cutlass/include"
+        assert int(found["FILA_CUDA_JOBS"]) >= 1
+
+
+@pytest.mark.usefixtures("tools")
+def test_variables_choose_architectures_and_jobs(build, monkeypatch, tmp_path):
+    found = settings_of(
+        build, monkeypatch, torch_of(tmp_path, "'12.8'"), TORCH_CUDA_ARCH_LIST="9.0a+PTX 8.0", MAX_JOBS="3"
+    )
+    assert found["FILA_CUDA_ARCHITECTURES"] == "9.0a+PTX;8.0"
+    assert found["FILA_CUDA_JOBS"] == "3"
+    with pytest.raises(SystemExit, match="MAX_JOBS: expected a number of 1 or more, got 'all'"):
+        settings_of(build, monkeypatch, tmp_path, MAX_JOBS="all")
+    with pytest.raises(SystemExit, match="FILA_KERNELS_BUILD_CUDA: expected 0, 1 or auto, got 'yes'"):
+        settings_of(build, monkeypatch, tmp_path, FILA_KERNELS_BUILD_CUDA="yes")
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize(("tool", "name"), [("find_nvcc", "nvcc"), ("find_cutlass", "headers of CUTLASS")])
+def test_what_is_missing_is_named(build, monkeypatch, tmp_path, tool, name):
+    monkeypatch.setattr(build, tool, lambda: None)
+    torch_dir = torch_of(tmp_path, "'13.0'")
+    assert f"{name} w" in settings_of(build, monkeypatch, torch_dir)["FILA_WITHOUT_CUDA"]
+    with pytest.raises(build.CannotBuild, match=f"{name} (was|were) not found"):
+        settings_of(build, monkeypatch, torch_dir, FILA_KERNELS_BUILD_CUDA="1")
+
+
+def test_tools_are_looked_for_where_variables_say(build, monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert build.find_nvcc() == nvcc
+    header = tmp_path / "checkout" / "include" / "cutlass" / "cutlass.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    for folder in (tmp_path / "checkout", tmp_path / "checkout" / "include"):
+        monkeypatch.setenv("CUTLASS_PATH", str(folder))
+        assert build.find_cutlass() == header.parent.parent
+    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
+    assert build.find_cutlass() is None
+
+
+def compiled(name: str, source: str, folder: Path) -> cuda_units.Unit:
+    """A unit of one's own for sm_80."""
+    path = folder / f"{name}.cu"
+    path.write_text(source)
+    nvcc = str(cuda_units.setup_module().find_nvcc())
+    command = [nvcc, "-std=c++17", "-O3", "-gencode=arch=compute_80,code=sm_80", "-c", str(path), "-o", f"{name}.cu.o"]
+    return cuda_units.compile_unit(name, "80", command, folder)
+
+
+GOOD = """
+__global__ void copy(const uint4* from, uint4* to) { __stwb(to + threadIdx.x, from[threadIdx.x]); }
+"""
+NARROW = """
+__global__ void copy(const unsigned* from, unsigned* to) { to[threadIdx.x] = from[threadIdx.x]; }
+"""
+NOTHING = """
+__global__ void copy(const uint4* from, uint4* to) { if (from == to) __trap(); }
+"""
+SPILLS = """
+__global__ void __launch_bounds__(1024, 2) copy(const uint4* from, uint4* to) {
+  uint4 kept[32];
+  for (int i = 0; i < 32; ++i) kept[i] = from[threadIdx.x + i * 1024];
+  __syncthreads();
+  for (int i = 0; i < 32; ++i) __stwb(to + threadIdx.x + (31 - i) * 1024, kept[31 - i]);
+}
+"""
+INDEXED = """
+__global__ void copy(const uint4* from, uint4* to, int n) {
+  uint4 kept[8];
+  for (int i = 0; i < 8; ++i) kept[i * n & 7] = from[threadIdx.x + i * 1024];
+  for (int i = 0; i < 8; ++i) __stwb(to + threadIdx.x + i * 1024, kept[i + n & 7]);
+}
+"""
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (GOOD, ""),
+        (NARROW, "has no LDG.E.128"),
+        (NOTHING, "1 kernels write nothing"),
+        (SPILLS, r"spills \d+ bytes of registers"),
+        (INDEXED, r"has a stack frame of \d+ bytes"),
+    ],
+    ids=["good", "narrow", "nothing", "spills", "indexed"],
+)
+def test_planted_faults_are_found(source, found, tmp_path):
+    faults = cuda_units.faults(compiled("crop_resize_planted", source, tmp_path))
+    assert bool(faults) == bool(found), faults
+    assert not found or any(re.search(found, fault) for fault in faults), faults
+
+
+def test_a_unit_without_its_tensor_cores_or_beyond_its_memory_is_found():
+    good = dict(
+        unit="fc1_bf16_sm90a", architecture="sm_90a", kernels=1, registers=168, spill_bytes=0, stack_bytes=0,
+        shared_bytes=0, instructions="HGMMA 64, UTMALDG 8", storeless=0, seconds=30.0, megabytes=1800, nvcc="13.0",
+        cutlass="4.2.0",
+    )  # fmt: skip
+    assert cuda_units.faults(cuda_units.Unit(**good)) == []
+    assert cuda_units.intended("fc1_bf16_sm90a") == ("HGMMA", "UTMALDG")
+    assert cuda_units.intended("crop_resize_backward") == ("LDG.E.128", "STG.E.128")
+    bad = cuda_units.Unit(**good | dict(instructions="HGMMA 0, UTMALDG 8", megabytes=5000))
+    assert cuda_units.faults(bad) == [
+        "fc1_bf16_sm90a for sm_90a: has no HGMMA",
+        "fc1_bf16_sm90a for sm_90a: takes 5000 MB to compile, more than 4096",
+    ]
+
+
+def test_instructions_are_counted_by_kernel():
+    sass = """
+        Function : first
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                     /* 0x00 */
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;           /* 0x00 */
+        /*0020*/             @!UP0 UTMALDG.2D [UR8], [UR4] ;                  /* 0x00 */
+        Function : second
+        /*0000*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4] ; /* 0x00 */
+    """
+    counts = cuda_units.count_instructions(sass)
+    assert counts["first"] == {"LDC": 1, "LDG.E.128": 1, "UTMALDG.2D": 1}
+    assert counts["second"] == {"HGMMA.64x256x16.F32.BF16": 1}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    """The library with the quick units of CUDA, for all architectures."""
+    folder = tmp_path_factory.mktemp("cuda")
+    cuda_units.configure(folder, units="crop_resize|launch")
+    cmake = cuda_units.setup_module().find_tool("cmake")
+    done = subprocess.run([cmake, "--build", str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "libfila_kernels.so"
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_one_library_loads_beside_any_torch(library):
+    """In a process of its own, beside a torch that need not have CUDA: what it says, and CPU tensors work."""
+    script = f"""
+        import torch
+        torch.ops.load_library({str(library)!r})
+        print(torch.ops.fila.build_info())
+        out = torch.ops.fila.crop_resize(torch.ones(1, 4, 4, 2), torch.tensor([[0., 0., 4., 4.]]), torch.tensor([0]), 2)
+        print(out.sum().item(), torch._C._dispatch_has_kernel_for_dispatch_key("fila::crop_resize", "CUDA"))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(line.strip() for line in script.splitlines())],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "cuda=8.0 9.0a 10.0a\n" in done.stdout
+    assert re.search(r"^toolkit=\d+\.\d+", done.stdout, re.MULTILINE)
+    assert "8.0 True" in done.stdout
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
+def test_its_symbols_are_the_stable_abis_and_cudas_are_weak(library):
+    listing = subprocess.check_output(["nm", "-D", "--undefined-only", str(library)], text=True)
+    symbols = [line.split()[-2:] for line in listing.splitlines()]
+    foreign = [(kind, name) for kind, name in symbols if "@" not in name and not name.startswith(("_ITM_", "__gmon"))]
+    assert not [name for _, name in foreign if not name.startswith(("aoti_torch_", "torch_"))]
+    of_cuda = [(kind, name) for kind, name in foreign if "_cuda_" in name]
+    assert of_cuda == [("w", "aoti_torch_get_current_cuda_stream")]
+    versions = {name.split("@")[1].strip("@").split("_")[0] for _, name in symbols if "@" in name}
+    assert versions <= {"GLIBC", "GLIBCXX", "CXXABI", "GCC"}
+    needed = subprocess.check_output(["objdump", "-p", str(library)], text=True)
+    libraries = set(re.findall(r"NEEDED\s+(\S+)", needed))
+    assert not [name for name in libraries if "cuda" in name], libraries
+    exported = subprocess.check_output(["nm", "-D", "--defined-only", str(library)], text=True)
+    assert "cudart" not in exported
+    assert "cudaMalloc" not in exported
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_it_holds_code_for_every_architecture(library):
+    command = [cuda_units.disassembler(), "--list-elf", str(library)]
+    listing = subprocess.check_output(command, text=True)
+    assert set(re.findall(r"sm_(\w+)\.cubin", listing)) == {"80", "90a", "100a"}, shlex.join(command)
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_quick_units_are_as_intended(tmp_path):
+    """Without spills, with 16-byte accesses; `make test-cuda` looks at all units."""
+    commands = cuda_units.compile_commands(tmp_path)
+    for name in ("crop_resize", "crop_resize_backward"):
+        for architecture, command in cuda_units.split_architectures(commands[name]).items():
+            unit = cuda_units.compile_unit(name, architecture, command, tmp_path)
+            assert cuda_units.faults(unit) == []
