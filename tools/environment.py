@@ -28,6 +28,8 @@ OLDEST_PYTHON = (3, 11)
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 BUILD_TOOLS = ["setuptools>=77", "wheel", "cmake", "ninja"]
 STAMP = "fila-setup.json"
+# What setup.py's choice of what to compile listens to.
+BUILD_VARIABLES = ("FILA_KERNELS_BUILD_NATIVE", "FILA_KERNELS_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "CUTLASS_PATH")
 
 
 def normalize(name: str) -> str:
@@ -76,7 +78,8 @@ def fingerprint() -> str:
     """A digest of every file that what is installed depends on."""
     files = [CONSTRAINTS, ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "CMakeLists.txt", Path(__file__)]
     files += sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    digest = hashlib.sha256(f"{ROOT} {os.environ.get('FILA_KERNELS_BUILD_NATIVE', 'auto')}".encode())
+    variables = [f"{name}={os.environ.get(name, '')}" for name in BUILD_VARIABLES]
+    digest = hashlib.sha256(" ".join([str(ROOT), *variables]).encode())
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
