@@ -1,6 +1,11 @@
-"""Speed-up bars and a roofline chart, made from CSV files alone: `python -m bench.plots FILE... --out FOLDER`."""
+"""Speed-up bars and a roofline chart, made from CSV files alone: `python -m bench.plots FILE... --out FOLDER`.
+
+Pictures are SVG with a digest of their CSV within, so that one can tell whether they are up to date.
+"""
 
 import argparse
+import hashlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +13,11 @@ from typing import Any
 from bench import records
 from bench.run import FILES, Row, by_case
 
-WORDS = {"tuned_eager": "tuned eager (E1)", "naive_eager": "naive eager (E0)", "compile": "torch.compile (C)"}
+WORDS = {
+    "tuned_eager": "tuned eager (E1)", "naive_eager": "naive eager (E0)", "compile": "torch.compile (C)",
+    "library": "library calls (L)", "torch": "fila_kernels, torch", "triton": "fila_kernels, triton",
+}  # fmt: skip
+MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 
 
 def figure_tools() -> Any:
@@ -22,9 +31,26 @@ def figure_tools() -> Any:
     except ImportError:
         raise SystemExit("plots need matplotlib: pip install 'fila[dev]'") from None
     matplotlib.use("Agg")
+    # Text stays text, and one CSV makes one file.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fila"})
     import matplotlib.pyplot
 
     return matplotlib.pyplot
+
+
+def digest(file: Path) -> str:
+    """What a picture says about the CSV that it was made from."""
+    return f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+
+
+def source(picture: Path) -> str | None:
+    """The digest that a picture holds."""
+    found = re.search(r"made from (\S+ [0-9a-f]{12})", picture.read_text())
+    return found and found[1]
+
+
+def save(figure: Any, path: Path, file: Path) -> None:
+    figure.savefig(path, metadata={"Date": None, "Description": f"made from {digest(file)}"})
 
 
 def speed_ups(rows: list[Row], operation: str, direction: str) -> dict[str, dict[str, float]]:
@@ -39,7 +65,7 @@ def speed_ups(rows: list[Row], operation: str, direction: str) -> dict[str, dict
     return found
 
 
-def bars(rows: list[Row], operation: str, direction: str, path: Path) -> bool:
+def bars(rows: list[Row], operation: str, direction: str, path: Path, file: Path) -> bool:
     """Grouped bars, one group a case; False where there is nothing to draw."""
     found = speed_ups(rows, operation, direction)
     if not found:
@@ -59,43 +85,72 @@ def bars(rows: list[Row], operation: str, direction: str, path: Path) -> bool:
         f"{operation}, {direction}: {rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['commit']}", fontsize=9
     )
     axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    save(figure, path, file)
     plt.close(figure)
     return True
 
 
-def points(rows: list[Row], direction: str) -> dict[str, list[tuple[float, float]]]:
-    """{variant: [(operations a byte, operations a second)]} of `cvfm`, by the floor's operations and bytes."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for variants in by_case(rows, "cvfm", direction).values():
+def points(rows: list[Row], direction: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """{(variant, dtype): [(operations a byte, operations a second)]} of `cvfm`, by the floor's operations and bytes."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for case, variants in by_case(rows, "cvfm", direction).items():
         for name, row in variants.items():
             if row["p50_ms"] and row["roof_flops"]:
                 flops = float(row["floor_flops"])
                 place = (flops / float(row["floor_bytes"]), flops / (float(row["p50_ms"]) * 1e-3))
-                found.setdefault(name, []).append(place)
+                found.setdefault((name, dtype_of(case)), []).append(place)
     return found
 
 
-def roofline(rows: list[Row], direction: str, path: Path) -> bool:
-    """Achieved rate over intensity below the measured roof; False where no row has a roof."""
+def dtype_of(case: str) -> str:
+    return next(name for name in MARKERS if name in case.split("-"))
+
+
+def roofline(rows: list[Row], direction: str, path: Path, file: Path) -> bool:
+    """Achieved rate over intensity below each dtype's measured roof; False where no row has a roof."""
     found = points(rows, direction)
     if not found:
         return False
     plt = figure_tools()
-    roofs = [(float(row["roof_flops"]), float(row["roof_bytes"])) for row in rows if row["roof_flops"]]
-    rate, bandwidth = (sorted(roof[i] for roof in roofs)[len(roofs) // 2] for i in (0, 1))
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     places = [x for values in found.values() for x, _ in values]
-    edges = sorted([min(places) / 2, rate / bandwidth, max(places) * 2])
-    axes.plot(edges, [min(rate, x * bandwidth) for x in edges], color="black", label="measured roof")
-    for name, values in found.items():
-        axes.scatter(*zip(*values, strict=True), s=16, label=WORDS.get(name, name))
+    names = list(dict.fromkeys(name for name, _ in found))
+    for dtype in dict.fromkeys(dtype for _, dtype in found):
+        roofs = [
+            (float(row["roof_flops"]), float(row["roof_bytes"]))
+            for row in rows
+            if row["roof_flops"] and row["operation"] == "cvfm" and dtype_of(row["case"]) == dtype
+        ]
+        rate, bandwidth = (sorted(roof[i] for roof in roofs)[len(roofs) // 2] for i in (0, 1))
+        edges = sorted([min(places) / 2, rate / bandwidth, max(places) * 2])
+        (line,) = axes.plot(edges, [min(rate, x * bandwidth) for x in edges], color="black", linewidth=1)
+        line.set_linestyle("-" if dtype == "bfloat16" else "--")
+        line.set_label(f"measured roof, {dtype}")
+    for (name, dtype), values in found.items():
+        colour = f"C{names.index(name)}"
+        label = f"{WORDS.get(name, name)}, {dtype}"
+        axes.scatter(*zip(*values, strict=True), s=16, color=colour, marker=MARKERS[dtype], label=label)
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte (floor)", ylabel="FLOP/s")
     axes.set_title(f"cvfm, {direction}: {rows[0]['device']}, torch {rows[0]['torch']}", fontsize=9)
     axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    save(figure, path, file)
     plt.close(figure)
     return True
+
+
+def draw(file: Path, out: Path) -> list[Path]:
+    """Everything that a CSV holds, into a folder; returns the pictures' paths."""
+    rows, drawn = records.read(file), []
+    out.mkdir(parents=True, exist_ok=True)
+    for operation, direction in dict.fromkeys((row["operation"], row["direction"]) for row in rows):
+        plain = direction.replace("+", "_")
+        path = out / f"{file.stem}_{operation}_{plain}.svg"
+        if operation in FILES and bars(rows, operation, direction, path, file):
+            drawn.append(path)
+        path = out / f"{file.stem}_roofline_{plain}.svg"
+        if operation == "cvfm" and roofline(rows, direction, path, file):
+            drawn.append(path)
+    return drawn
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,20 +159,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="+", help="CSV files of the benchmarks")
     parser.add_argument("--out", type=Path, default=Path("runs/plots"), help="folder for the pictures")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     for file in options.files:
-        rows = records.read(file)
-        if not rows:
+        drawn = draw(file, options.out)
+        if not drawn:
             print(f"{file} holds nothing", file=sys.stderr)
             return 1
-        for operation, direction in dict.fromkeys((row["operation"], row["direction"]) for row in rows):
-            plain = direction.replace("+", "_")
-            path = options.out / f"{file.stem}_{operation}_{plain}.png"
-            if operation in FILES and bars(rows, operation, direction, path):
-                print(path)
-            path = options.out / f"{file.stem}_roofline_{plain}.png"
-            if operation == "cvfm" and roofline(rows, direction, path):
-                print(path)
+        print("\n".join(map(str, drawn)))
     return 0
 
 

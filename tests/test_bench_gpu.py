@@ -75,13 +75,24 @@ def test_plots_are_made_from_csv_alone(tmp_path, capsys):
     assert plots.main([str(path), "--out", str(tmp_path / "plots")]) == 0
     drawn = {file.name for file in (tmp_path / "plots").iterdir()}
     assert drawn == {
-        "made_up_cvfm_forward.png", "made_up_cvfm_forward_backward.png",
-        "made_up_roofline_forward.png", "made_up_roofline_forward_backward.png",
+        "made_up_cvfm_forward.svg", "made_up_cvfm_forward_backward.svg",
+        "made_up_roofline_forward.svg", "made_up_roofline_forward_backward.svg",
     }  # fmt: skip
     ratios = plots.speed_ups(records.read(path), "cvfm", "forward")
     assert set(ratios["triton"].values()) == {2.0}
-    assert plots.points(records.read(path), "forward")["triton"][0] == (0.25, 2e11)
-    assert plots.main([str(tmp_path / "none.csv")]) == 1
+    assert plots.points(records.read(path), "forward")["triton", "bfloat16"][0] == (0.25, 2e11)
+    assert plots.main([str(tmp_path / "none.csv"), "--out", str(tmp_path / "none")]) == 1
+    assert {plots.source(tmp_path / "plots" / name) for name in drawn} == {plots.digest(path)}
+    records.append(path, gpu_rows()[0])
+    assert plots.source(tmp_path / "plots" / min(drawn)) != plots.digest(path), "a picture shows that it is out of date"
+
+
+def test_the_documents_pictures_are_of_the_committed_csv():
+    pictures = sorted((ROOT / "docs" / "plots").glob("*.svg"))
+    assert pictures
+    for picture in pictures:
+        name, *_ = (plots.source(picture) or "").split()
+        assert plots.source(picture) == plots.digest(ROOT / "bench" / "results" / name), "run tools/documents.py"
 
 
 def test_gpu_sections_stay_within_the_limits(capsys):

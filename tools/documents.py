@@ -181,6 +181,18 @@ def filled(text: str) -> str:
     return PART.sub(fill, text)
 
 
+def stale_plots() -> list[Path]:
+    """CSVs whose pictures in docs/plots are of other numbers, or not there."""
+    from bench import plots
+
+    found = []
+    for file in sorted(CPU.parent.glob("cvfm_*.csv")):
+        pictures = list((ROOT / "docs" / "plots").glob(f"{file.stem}_*.svg"))
+        if not pictures or {plots.source(picture) for picture in pictures} != {plots.digest(file)}:
+            found.append(file)
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a document is out of date")
@@ -194,6 +206,12 @@ def main(argv: list[str] | None = None) -> int:
             stale.append(name)
             if not args.check:
                 path.write_text(new)
+    for file in stale_plots():
+        stale.append(f"docs/plots/{file.stem}_*.svg")
+        if not args.check:
+            from bench import plots
+
+            plots.draw(file, ROOT / "docs" / "plots")
     if stale:
         print(f"{'out of date' if args.check else 'rewritten'}: {', '.join(stale)}")
     return 1 if stale and args.check else 0
