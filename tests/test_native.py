@@ -32,7 +32,7 @@ def make_case(tiles: int, height: int, width: int, channels: int, dtype: torch.d
     corners = torch.rand(tiles, 2, 2) * torch.tensor([height, width]) * 1.4 - torch.tensor([height, width]) * 0.2
     low, high = corners.amin(1), corners.amax(1)
     boxes = torch.cat([low, high], dim=1)
-    boxes[::2] = boxes[::2].round()  # whole cells in every other tile
+    boxes[::2] = boxes[::2].floor() + torch.tensor([0, 0, 1, 1])  # whole cells in every other tile
     return features, boxes, torch.randint(images, (tiles,))
 
 
@@ -141,7 +141,8 @@ def test_threads_do_not_change_the_result():
 @pytest.mark.parametrize(("tiles", "channels"), [(0, 4), (2, 0), (0, 0)])
 def test_empty_input_gives_an_empty_result(tiles, channels):
     features = torch.randn(1, 3, 3, channels)
-    got = torch.ops.fila.crop_resize(features, torch.zeros(tiles, 4), torch.zeros(tiles, dtype=torch.long), 3)
+    boxes = torch.tensor([[0.0, 0.0, 3.0, 3.0]]).repeat(tiles, 1)
+    got = torch.ops.fila.crop_resize(features, boxes, torch.zeros(tiles, dtype=torch.long), 3)
     assert got.shape == (tiles, 3, 3, channels)
 
 
