@@ -1,4 +1,4 @@
-"""The one command for a GPU: correctness, tuning, benchmarks and the model end to end, in sections (`make gpu`).
+"""The one command for a GPU, in sections (`make gpu`): build, correctness, tuning, benchmarks, the model end to end.
 
 A section runs for at most four minutes, writes as it goes, and goes on where it stopped when the command is given again
 with the same folder. Nothing is timed before correctness is green. `--list` names the sections, `--only` picks some,
@@ -39,6 +39,7 @@ class Section:
     gate: bool = False  # red ends the whole command
     what: str = ""
     fresh: bool = False  # with empty compilation caches
+    always: bool = False  # also where it was done before: what it makes is not among the results
 
 
 def _bench(name: str, suites: str, *arguments: str, what: str, limit: int = LONGEST) -> Section:
@@ -56,10 +57,23 @@ def _tune(images: int) -> Section:
     )
 
 
+def _sanitize(tool: str) -> Section:
+    return Section(
+        tool, LONGEST, ("-m", "bench.sanitize", tool), what=f"compute-sanitizer's {tool} on the compiled kernels"
+    )
+
+
 # Most of the tests' time is the compilation of kernels; with pytest-xdist that is done eight at a time.
 _PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 _COMPILED = "tuned_eager,compile,compile_no_graphs,compile_tapped"
 SECTIONS = (
+    Section(
+        "build",
+        LONGEST,
+        ("-m", "bench.build_native"),
+        what="csrc for this GPU, where nvcc and CUTLASS's headers (CUTLASS_PATH) are",
+        always=True,
+    ),
     Section(
         "correctness",
         LONGEST,
@@ -67,6 +81,7 @@ SECTIONS = (
         gate=True,
         what="the tests marked gpu: the case matrix on every backend, forward and backward, graphs, repeats",
     ),
+    *(_sanitize(tool) for tool in ("memcheck", "racecheck", "initcheck")),
     _tune(8),
     _bench("bench-8", "images-8", what="8 images, hidden 1024, all but torch.compile"),
     _bench("compile-8", "images-8", "--variants", _COMPILED, what="8 images through torch.compile"),
@@ -103,7 +118,7 @@ SECTIONS = (
             "--rounds",
             "3",
             "--variants",
-            "tuned_eager,torch,triton,compile_no_graphs",
+            "tuned_eager,torch,triton,cuda,compile_no_graphs",
             "-k",
             "1536-stage1 or 768-stage4",
         ),
@@ -189,7 +204,7 @@ def run_all(sections: Sequence[Section], out: Path, limit: float, commit: str, d
     for section in sections:
         here = (section.name, "done", commit, device)
         done = any((s["section"], s["status"], s["commit"], s["device"]) == here for s in read_states(out))
-        if done and not again:
+        if done and not again and not section.always:
             print(f"{section.name}: done before")
             continue
         seconds = seconds_left(section, started, limit)
@@ -233,7 +248,7 @@ def chosen(names: str, parser: argparse.ArgumentParser) -> list[Section]:
     unknown = [name for name in wanted if name not in known]
     if unknown:
         parser.error(f"--only: expected some of {', '.join(known)}, got {', '.join(unknown)}")
-    return [section for section in SECTIONS if not wanted or section.gate or section.name in wanted]
+    return [section for section in SECTIONS if not wanted or section.gate or section.always or section.name in wanted]
 
 
 def gpu_or_reason() -> tuple[str, str]:

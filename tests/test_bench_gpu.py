@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import goals, gpu, plots, records
+from bench import build_native, goals, gpu, plots, records, sanitize
 from bench.cases import SUITES
+from fila_kernels import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,7 +102,9 @@ def test_gpu_sections_stay_within_the_limits(capsys):
     for section in gpu.SECTIONS:
         assert section.limit <= 240
         assert f"{section.name:<16}" in listed
-    assert gpu.SECTIONS[0].gate, "correctness comes before speed"
+    first, second, *rest = gpu.SECTIONS
+    assert (first.name, second.gate) == ("build", True), "correctness comes before speed"
+    assert not any(section.gate for section in rest)
     assert len(gpu.FILES) <= 8
     suites = {s for section in gpu.SECTIONS for part in section.command for s in part.split(",") if s in SUITES}
     assert suites == set(SUITES) - {"cpu", "tiny"}, "every suite of real shapes has its section"
@@ -117,7 +120,7 @@ def test_gpu_dry_run_names_commands_that_parse(tmp_path, capsys):
         assert "{" not in line
     assert gpu.main(["--dry-run", "--only", "bench-8"]) == 0
     only = capsys.readouterr().out
-    assert [line.split(":")[0] for line in only.splitlines()] == ["correctness", "bench-8"]
+    assert [line.split(":")[0] for line in only.splitlines()] == ["build", "correctness", "bench-8"]
     with pytest.raises(SystemExit):
         gpu.main(["--dry-run", "--only", "bench-9"])
 
@@ -162,6 +165,8 @@ def test_sections_resume_stop_in_time_and_stop_at_red(tmp_path, capsys):
     capsys.readouterr()
     assert gpu.run_all([good], tmp_path, 0, "c1", "gpu") == 0
     assert "good: done before" in capsys.readouterr().out
+    assert gpu.run_all([dataclasses.replace(good, always=True)], tmp_path, 0, "c1", "gpu") == 0
+    assert "done before" not in capsys.readouterr().out, "what is built may be gone from this machine"
     assert gpu.run_all([good], tmp_path, 0, "c2", "gpu") == 0
     assert "done before" not in capsys.readouterr().out, "another commit is measured anew"
     assert gpu.run_all([dataclasses.replace(bad, gate=True), good], tmp_path, 0, "c3", "gpu") == 1
@@ -176,3 +181,52 @@ def test_sections_resume_stop_in_time_and_stop_at_red(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"sections.csv", "log.txt"}
     with (tmp_path / "sections.csv").open(newline="") as file:
         assert tuple(next(csv.reader(file))) == gpu.FIELDS
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [((8, 0), "8.0"), ((8, 9), "8.9"), ((9, 0), "9.0a"), ((10, 0), "10.0a"), ((12, 0), "12.0")]
+)
+def test_the_build_names_this_gpus_architecture(monkeypatch, capability, name):
+    calls = []
+
+    def call(command, cwd, env, check):
+        calls.append(env)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(build_native, "missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(subprocess, "run", call)
+    assert build_native.main() == 1, "a failing compiler is not hidden"
+    assert calls[0]["TORCH_CUDA_ARCH_LIST"] == name
+    assert calls[0]["FILA_KERNELS_BUILD_CUDA"] == "1"
+
+
+def test_without_its_tools_the_build_and_the_sanitizers_are_skipped_and_say_so(monkeypatch, capsys):
+    monkeypatch.setattr(build_native, "missing", lambda: "nvcc was not found")
+    assert build_native.main() == 0
+    assert capsys.readouterr().out == "skipped: nvcc was not found; the cuda backend is left out\n"
+    monkeypatch.setattr(sys, "argv", ["bench.sanitize", "memcheck"])
+    monkeypatch.setattr(dispatch, "available", lambda name: (False, "no CUDA device"))
+    assert sanitize.main() == 0
+    monkeypatch.setattr(dispatch, "available", lambda name: (True, ""))
+    monkeypatch.setattr(sanitize, "sanitizer", lambda: None)
+    assert sanitize.main() == 0
+    assert capsys.readouterr().out == "skipped: no CUDA device\nskipped: compute-sanitizer was not found\n"
+
+
+def test_sanitizers_look_at_our_kernels_and_fail_loudly(monkeypatch):
+    commands = []
+
+    def call(command, cwd, env, check):
+        commands.append(command)
+        assert env["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1", "a tensor has an allocation of its own"
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(dispatch, "available", lambda name: (True, ""))
+    monkeypatch.setattr(sanitize, "sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(subprocess, "run", call)
+    for tool in sanitize.TOOLS:
+        monkeypatch.setattr(sys, "argv", ["bench.sanitize", tool])
+        assert sanitize.main() == 1
+    assert all("--error-exitcode" in command for command in commands)
+    assert ["kernel_substring=fila" in command for command in commands] == [True, True, False]
