@@ -1,8 +1,9 @@
 """The `cuda` backend: the compiled kernels of csrc/cuda.
 
 Sampling and its transpose are kernels of their own in both directions. The forward pass in bfloat16 and float16 is one
-operator, whose products carry activation, gate and residual in their epilogues. Products of float32, and all products
-of the backward pass, are the vendor library's, in the `torch` backend's composition around these samplers.
+operator, whose products carry activation, gate and residual in their epilogues. Products of float32, those of widths that
+16-byte accesses do not divide, and all products of the backward pass are the vendor library's, in the `torch` backend's
+composition around these samplers.
 """
 
 import torch
@@ -27,6 +28,12 @@ def crop_resize_backward(
 
 
 SAMPLER = Sampler(crop_resize, crop_resize_backward)
+ALIGNMENT = 8  # elements of 16 bits that the compiled products read at once
+
+
+def _has_products(call: Call) -> bool:
+    widths = call.shape.token_width, call.shape.feature_width, call.shape.hidden_width
+    return call.tokens.dtype != torch.float32 and not any(width % ALIGNMENT for width in widths)
 
 
 def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: bool = False) -> Tensor:
@@ -34,7 +41,7 @@ def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: 
 
     In place, what the operator returns is copied over the tokens.
     """
-    if call.tokens.dtype == torch.float32:
+    if not _has_products(call):
         return eager.forward(call._replace(sampler=SAMPLER), hidden, branch, in_place)
     out = torch.ops.fila.cvfm_forward(
         call.tokens, dense_channels(call.features), *call[2:9], call.shape.prefix, call.gate, call.plan.forward,
