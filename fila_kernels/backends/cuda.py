@@ -1,9 +1,9 @@
 """The `cuda` backend: the compiled kernels of csrc/cuda.
 
 Sampling and its transpose are kernels of their own in both directions. The forward pass in bfloat16 and float16 is one
-operator, whose products carry activation, gate and residual in their epilogues. Products of float32, those of widths that
-16-byte accesses do not divide, and all products of the backward pass are the vendor library's, in the `torch` backend's
-composition around these samplers.
+operator, whose products carry activation, gate and residual in their epilogues. Products of float32, those of widths
+that 16-byte accesses do not divide, and all products of the backward pass are the vendor library's, in the `torch`
+backend's composition around these samplers.
 """
 
 import torch
