@@ -75,7 +75,7 @@ def _cuda_available(device: torch.device | None, dtype: torch.dtype | None) -> t
             f"it has {description}, and {device} has compute capability {capability[0]}.{capability[1]}; "
             "TORCH_CUDA_ARCH_LIST names others when it is built"
         )
-    return True, f"{description}; products of bfloat16 and float16, those of float32 are PyTorch's"
+    return True, f"{description}; products of float32, and of widths that are no multiples of 8, are PyTorch's"
 
 
 def available(backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> tuple[bool, str]:

@@ -28,6 +28,16 @@ def crop_resize_backward(
 
 
 SAMPLER = Sampler(crop_resize, crop_resize_backward)
+ALIGNMENT = 8  # elements of 16 bits that fill 16 bytes
+
+
+def has_products(call: Call) -> bool:
+    """Whether the compiled products take these tensors."""
+    shape = call.shape
+    widths = (shape.token_width, shape.feature_width, shape.hidden_width)
+    return call.tokens.dtype != torch.float32 and all(width and width % ALIGNMENT == 0 for width in widths)
+
+
 ALIGNMENT = 8  # elements of 16 bits that the compiled products read at once
 
 

@@ -53,20 +53,24 @@ def test_one_gradient_alone(needed):
     assert torch.equal(gradients(cvfm, inputs, grad, (needed,), backend="cuda")[1][needed], every[needed])
 
 
-def test_low_precision_goes_through_one_operator(monkeypatch):
-    monkeypatch.setattr(cuda.eager, "forward", lambda *arguments: pytest.fail("composed of PyTorch's products"))
-    case = Case("fused", grid=3)
+@pytest.mark.parametrize("widths", [(8, 16, 24), (7, 16, 24), (8, 12, 24), (8, 16, 6)], ids=str)
+def test_low_precision_goes_through_one_operator_where_widths_fill_16_bytes(widths, monkeypatch):
+    composed = []
+    forward = eager.forward
+    monkeypatch.setattr(cuda.eager, "forward", lambda *arguments: composed.append(1) or forward(*arguments))
+    case = Case("fused", grid=3, token_width=widths[0], hidden_width=widths[1], feature_width=widths[2])
     inputs = case.inputs(torch.bfloat16)
     wide = {name: t.double() if name in DIFFERENTIABLE else t for name, t in inputs.items()}
     out = cvfm(**inputs, backend="cuda")
     assert_close("out", out, reference.cvfm(**wide), reference.cvfm(**inputs))
+    assert bool(composed) == any(width % 8 for width in widths)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_place(dtype):
     from fila_kernels import cvfm_
 
-    inputs = Case("in_place").inputs(dtype)
+    inputs = Case("in_place", hidden_width=16, feature_width=8).inputs(dtype)
     expected = cvfm(**inputs, backend="cuda")
     storage = inputs["tokens"].data_ptr()
     result = cvfm_(**inputs, backend="cuda")
