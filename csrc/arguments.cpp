@@ -128,8 +128,11 @@ ForwardSizes check_forward(const char* op, const ForwardArguments& a, Device dev
   check_device(op, "tokens", a.tokens, a.features);
   require(a.tokens.scalar_type() == a.features.scalar_type(), op, "expected features of dtype ",
           toString(a.tokens.scalar_type()), " (as tokens), got ", toString(a.features.scalar_type()));
-  const int64_t prefix = a.num_prefix_tokens, patches = a.tokens.size(1) - prefix;
-  require(prefix >= 0 && patches >= 1 && square_root(patches) * square_root(patches) == patches, op,
+  // Within these bounds neither the difference nor the square of a root can overflow.
+  const int64_t prefix = a.num_prefix_tokens, length = a.tokens.size(1);
+  const bool bounded = prefix >= 0 && prefix < length && length - prefix <= kMaxSide * kMaxSide;
+  const int64_t patches = bounded ? length - prefix : 0;
+  require(bounded && square_root(patches) * square_root(patches) == patches, op,
           "expected tokens with num_prefix_tokens of 0 or more and a square number of patch tokens, got ", a.tokens,
           " and ", prefix);
   const int64_t grid = square_root(patches), width = a.tokens.size(2), channels = a.features.size(3);
