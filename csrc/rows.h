@@ -75,6 +75,11 @@ FILA_HOST_DEVICE DepthTiles depth_tiles(int32_t first_depth, int32_t second_dept
   return {first_depth / tile + (first_depth % tile != 0), second_depth / tile + (second_depth % tile != 0)};
 }
 
+// After how many tiles a walk turns to the second operand; 0: never, there is none.
+FILA_HOST_DEVICE int32_t turn_after(const DepthTiles& tiles) {
+  return tiles.second > 0 ? tiles.first : 0;
+}
+
 // Of tiles [begin, begin + count), those of the first operand; the rest are the second's, from `second_begin` on.
 struct DepthSplit {
   int32_t first_count, second_begin, second_count;

@@ -11,44 +11,9 @@
 #include <cute/tensor.hpp>
 
 #include "epilogue.h"
+#include "two_operand_iterator.h"
 
 namespace fila {
-
-// An iterator over one operand's tiles along K that goes on with another operand where the first one ends. `Base` is
-// CUTLASS's iterator, which takes an operand's odd tile first; so each operand's first tile may be short.
-template <class Base>
-struct TwoOperandIterator : Base {
-  using Params = typename Base::Params;
-  using Pointer = typename Base::Pointer;
-  using TensorCoord = typename Base::TensorCoord;
-
-  struct Operand {
-    Params params;
-    Pointer pointer;
-    TensorCoord extent;
-  };
-
-  CUTLASS_DEVICE TwoOperandIterator(Operand const& first, Operand const& second, int first_tiles, int thread,
-                                    TensorCoord offset)
-      : Base(first.params, first.pointer, first.extent, thread, offset),
-        second(second),
-        first_tiles(first_tiles),
-        thread(thread),
-        offset(offset) {}
-
-  Operand const& second;
-  int first_tiles, thread;
-  TensorCoord offset;
-
-  // One tile on, which is all that the main loop asks for.
-  CUTLASS_DEVICE void add_tile_offset(TensorCoord const& step) {
-    if (--first_tiles == 0) {
-      static_cast<Base&>(*this) = Base(second.params, second.pointer, second.extent, thread, offset);
-    } else {
-      Base::add_tile_offset(step);
-    }
-  }
-};
 
 template <class Mma>
 struct TwoOperandMma;
@@ -214,8 +179,9 @@ struct Sm80Product {
     const int thread = threadIdx.x, warp = cutlass::canonical_warp_idx_sync(), lane = thread % 32;
     const int tile_m = blockIdx.x / params.column_tiles, tile_n = blockIdx.x % params.column_tiles;
 
-    typename Mma::IteratorA rows(params.first, params.second, params.depth.first, thread, {tile_m * TileShape::kM, 0});
-    typename Mma::IteratorB columns(params.first_weight, params.second_weight, params.depth.first, thread,
+    const int turn = turn_after(params.depth);
+    typename Mma::IteratorA rows(params.first, params.second, turn, thread, {tile_m * TileShape::kM, 0});
+    typename Mma::IteratorB columns(params.first_weight, params.second_weight, turn, thread,
                                     {0, tile_n * TileShape::kN});
     typename Mma::FragmentC sums;
     sums.clear();

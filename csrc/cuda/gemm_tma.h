@@ -355,7 +355,12 @@ struct TmaProduct {
     if (status == cutlass::Status::kSuccess) {
       status = gemm.run(stream);
     }
-    return status == cutlass::Status::kSuccess ? nullptr : cutlassGetStatusString(status);
+    if (status == cutlass::Status::kSuccess) {
+      return nullptr;
+    }
+    // What the runtime says is more than CUTLASS passes on; asked for, it is also forgotten.
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? cutlassGetStatusString(status) : cudaGetErrorString(error);
   }
 };
 
