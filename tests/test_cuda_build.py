@@ -3,6 +3,7 @@
 Compiling needs nvcc and the headers of CUTLASS, and no GPU; without them those tests are skipped.
 """
 
+import os
 import re
 import shlex
 import shutil
@@ -128,6 +129,37 @@ def test_tools_are_looked_for_where_variables_say(build, monkeypatch, tmp_path):
     assert build.find_cutlass() is None
 
 
+def test_kernels_that_do_not_compile_are_left_out_unless_demanded(build, monkeypatch, tmp_path, capsys):
+    def run_cmake(cmake, settings, folder):
+        if any(setting.startswith("-DFILA_CUDA_ARCHITECTURES=") for setting in settings):
+            raise build.CannotBuild("compiling csrc with CMake failed: error")
+        return tuple(setting for setting in settings if setting.startswith("-DFILA_WITHOUT_CUDA"))
+
+    monkeypatch.setattr(build, "find_torch", lambda: torch_of(tmp_path, "'13.0'"))
+    monkeypatch.setattr(build, "find_nvcc", lambda: Path("/cuda/bin/nvcc"))
+    monkeypatch.setattr(build, "find_cutlass", lambda: Path("/cutlass/include"))
+    monkeypatch.setattr(build, "find_tool", lambda name: name)
+    monkeypatch.setattr(build, "run_cmake", run_cmake)
+    assert build.compile_library(tmp_path) == ("-DFILA_WITHOUT_CUDA=compiling csrc with CMake failed: error",)
+    assert "warning: building without CUDA kernels: compiling csrc" in capsys.readouterr().err
+    monkeypatch.setenv("FILA_KERNELS_BUILD_CUDA", "1")
+    with pytest.raises(build.CannotBuild, match="compiling csrc"):
+        build.compile_library(tmp_path)
+
+
+def test_demanding_kernels_of_a_library_that_is_not_built_is_an_error(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, tmp_path / name)
+    (tmp_path / "csrc").mkdir()
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "FILA_KERNELS_BUILD_NATIVE": "0", "FILA_KERNELS_BUILD_CUDA": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "error: FILA_KERNELS_BUILD_CUDA=1, but: FILA_KERNELS_BUILD_NATIVE=0 when this was installed" in done.stderr
+
+
 def compiled(name: str, source: str, folder: Path) -> cuda_units.Unit:
     """A unit of one's own for sm_80."""
     path = folder / f"{name}.cu"
@@ -247,14 +279,13 @@ def test_one_library_loads_beside_any_torch(library):
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
-def test_its_symbols_are_the_stable_abis_and_cudas_are_weak(library):
+def test_its_symbols_are_the_stable_abis_and_none_of_cudas(library):
     listing = subprocess.check_output(["nm", "-D", "--undefined-only", str(library)], text=True)
-    symbols = [line.split()[-2:] for line in listing.splitlines()]
-    foreign = [(kind, name) for kind, name in symbols if "@" not in name and not name.startswith(("_ITM_", "__gmon"))]
-    assert not [name for _, name in foreign if not name.startswith(("aoti_torch_", "torch_"))]
-    of_cuda = [(kind, name) for kind, name in foreign if "_cuda_" in name]
-    assert of_cuda == [("w", "aoti_torch_get_current_cuda_stream")]
-    versions = {name.split("@")[1].strip("@").split("_")[0] for _, name in symbols if "@" in name}
+    symbols = [line.split()[-1] for line in listing.splitlines()]
+    foreign = [name for name in symbols if "@" not in name and not name.startswith(("_ITM_", "__gmon"))]
+    assert not [name for name in foreign if not name.startswith(("aoti_torch_", "torch_"))]
+    assert not [name for name in foreign if "_cuda_" in name], "a torch without CUDA lacks it"
+    versions = {name.split("@")[1].strip("@").split("_")[0] for name in symbols if "@" in name}
     assert versions <= {"GLIBC", "GLIBCXX", "CXXABI", "GCC"}
     needed = subprocess.check_output(["objdump", "-p", str(library)], text=True)
     libraries = set(re.findall(r"NEEDED\s+(\S+)", needed))
@@ -262,6 +293,50 @@ def test_its_symbols_are_the_stable_abis_and_cudas_are_weak(library):
     exported = subprocess.check_output(["nm", "-D", "--defined-only", str(library)], text=True)
     assert "cudart" not in exported
     assert "cudaMalloc" not in exported
+
+
+STREAM = """
+#include "cuda/launch.h"
+extern "C" long stream_of(int device) {
+  try {
+    return reinterpret_cast<long>(fila::current_stream(device));
+  } catch (const std::exception&) {
+    return -1;
+  }
+}
+"""
+# As libtorch_cuda has it: loaded before this library, but not for it.
+TORCH_CUDA = """
+extern "C" int aoti_torch_get_current_cuda_stream(int device, void** stream) {
+  *stream = reinterpret_cast<void*>(64L + device);
+  return 0;
+}
+"""
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_the_stream_is_found_in_a_library_that_is_loaded_for_others(tmp_path, has_cuda):
+    tools = cuda_units.setup_module()
+    nvcc, include = str(tools.find_nvcc()), str(tools.find_torch() / "include")
+    shared = [nvcc, "-std=c++17", "-shared", "-Xcompiler=-fPIC", "-cudart=static"]
+    (tmp_path / "torch_cuda.cpp").write_text(TORCH_CUDA)
+    (tmp_path / "stream.cpp").write_text("#include <stdexcept>\n" + STREAM)
+    torch_cuda, stream = tmp_path / "libtorch_cuda.so", tmp_path / "stream.so"
+    subprocess.run(
+        [*shared, "-Xlinker=-soname=libtorch_cuda.so", str(tmp_path / "torch_cuda.cpp"), "-o", str(torch_cuda)],
+        check=True,
+    )
+    sources = [str(tmp_path / "stream.cpp"), str(ROOT / "csrc" / "cuda" / "launch.cpp")]
+    subprocess.run(
+        [*shared, f"-I{ROOT / 'csrc'}", f"-I{include}", "-DTORCH_TARGET_VERSION=0x020b000000000000", *sources, "-o",
+         str(stream)], check=True,
+    )  # fmt: skip
+    script = f"import ctypes; {f'ctypes.CDLL({str(torch_cuda)!r}); ' if has_cuda else ''}"
+    script += f"f = ctypes.CDLL({str(stream)!r}).stream_of; f.restype = ctypes.c_long; print(f(3))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == ("67" if has_cuda else "-1"), done.stderr
 
 
 @needs_nvcc

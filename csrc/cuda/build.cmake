@@ -63,8 +63,7 @@ target_include_directories(fila_kernels_cuda SYSTEM PRIVATE "${FILA_CUTLASS_DIR}
 
 target_sources(fila_kernels PRIVATE ${CUDA_HOST_SOURCES} $<TARGET_OBJECTS:fila_kernels_cuda>)
 target_include_directories(fila_kernels SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-# USE_CUDA shows the stable ABI's CUDA functions. FILA_SM80, FILA_SM90A and FILA_SM100A: which units there are.
-target_compile_definitions(fila_kernels PRIVATE USE_CUDA)
+# FILA_SM80, FILA_SM90A and FILA_SM100A: which units there are.
 foreach(KIND sm80 sm90a sm100a)
   if(GENCODES_${KIND})
     string(TOUPPER "FILA_${KIND}" DEFINITION)
@@ -75,3 +74,4 @@ endforeach()
 # the driver has (there may be none) is asked for through the runtime.
 set_target_properties(fila_kernels PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_ARCHITECTURES OFF)
 target_link_options(fila_kernels PRIVATE LINKER:--exclude-libs,ALL)
+target_link_libraries(fila_kernels PRIVATE ${CMAKE_DL_LIBS})

@@ -1,20 +1,36 @@
 #include "launch.h"
 
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <sstream>
 #include <stdexcept>
 
-// Weak: a torch without CUDA does not have it, and must still load this library.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
-
 namespace fila {
+namespace {
+
+// The stable ABI's function that only a torch with CUDA has. A weak reference would stay empty: torch's own libraries
+// are loaded for Python's module alone, not for all, so that only what a library names as needed is searched, and
+// libtorch_cuda must not be needed. It is there already wherever there is a CUDA tensor.
+using GetStream = AOTITorchError (*)(int32_t device, void** stream);
+
+GetStream find_get_stream() {
+  constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+  void* function = dlsym(RTLD_DEFAULT, kName);
+  if (function == nullptr) {
+    if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) {
+      function = dlsym(library, kName);
+    }
+  }
+  return reinterpret_cast<GetStream>(function);
+}
+
+}  // namespace
 
 cudaStream_t current_stream(int32_t device) {
+  static const GetStream get_stream = find_get_stream();
   void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream == nullptr ||
-      aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS) {
+  if (get_stream == nullptr || get_stream(device, &stream) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("fila: torch has no CUDA stream for device " + std::to_string(device));
   }
   return static_cast<cudaStream_t>(stream);
