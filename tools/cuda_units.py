@@ -1,6 +1,6 @@
 """Compiles the units of csrc/cuda one by one for each architecture, and looks at what came out; needs no GPU.
 
-    python tools/cuda_units.py                  # compile all, say what is wrong, record; fills docs/csrc.md
+    python tools/cuda_units.py                  # compile all, say what is wrong, record; fills docs/cuda.md
     python tools/cuda_units.py -k crop_resize   # some of them, to look at; records nothing
     python tools/cuda_units.py --table          # only the table, from the record
 
@@ -27,7 +27,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "csrc" / "cuda"
 RECORD = ROOT / "bench" / "results" / "cuda_units.csv"
-PAGE = ROOT / "docs" / "csrc.md"
+PAGE = ROOT / "docs" / "cuda.md"
 MARKS = "<!-- compiled units: written by tools/cuda_units.py -->", "<!-- end of compiled units -->"
 ARCHITECTURES = ("8.0", "9.0a", "10.0a")
 MOST_MEGABYTES = 4096  # a unit may take
