@@ -7,7 +7,8 @@
 
 #include <algorithm>
 
-// nvcc states its version to the host's compiler too, from which CUTLASS takes it that kernels can be compiled.
+// nvcc names itself to the host's compiler too, from which CUTLASS takes it that kernels can be compiled.
+#undef __NVCC__
 #undef __CUDACC_VER_MAJOR__
 // What is declared in kernels alone.
 static const uint3 blockIdx{};
