@@ -132,7 +132,7 @@ FILA_HOST_DEVICE PlacedTap place_tap(const FeatureMaps<Scalar>& maps, const Tile
 // One pack of one sample: out = ly (lx a + ux b) + uy (lx c + ux d), rounded once. A cell of weight zero is neither
 // read nor multiplied, since 0 * inf would be NaN.
 template <typename Scalar, int kWidth>
-FILA_HOST_DEVICE void gather_pack(const Scalar* image, const PlacedTap& y, const PlacedTap& x, Scalar* out) {
+FILA_HOST_DEVICE Pack<Scalar, kWidth> sample_pack(const Scalar* image, const PlacedTap& y, const PlacedTap& x) {
   using Vector = Pack<Scalar, kWidth>;
   using N = Number<Scalar>;
   const auto read = [image](int64_t offset) { return *reinterpret_cast<const Vector*>(image + offset); };
@@ -157,7 +157,7 @@ FILA_HOST_DEVICE void gather_pack(const Scalar* image, const PlacedTap& y, const
     }
     result.element[k] = N::narrow(two_rows ? y.lower * upper + y.upper * lower : upper);
   }
-  store_pack(result, out);
+  return result;
 }
 
 // Thread `thread` of `threads` gathers its share of block `block` from `taps`: kColumns columns', then the line's.
@@ -173,8 +173,8 @@ FILA_HOST_DEVICE void gather_share(const FeatureMaps<Scalar>& maps, const TileBo
   for (int32_t item = thread; item < items; item += threads) {
     const int32_t column = item / blocks.vectors;
     const int64_t channel = int64_t(item % blocks.vectors) * kWidth;
-    gather_pack<Scalar, kWidth>(image + channel, taps[kColumns], taps[column],
-                                samples + column * out.stride_sample + channel);
+    store_pack(sample_pack<Scalar, kWidth>(image + channel, taps[kColumns], taps[column]),
+               samples + column * out.stride_sample + channel);
   }
 }
 
