@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -266,10 +267,7 @@ def test_one_library_loads_beside_any_torch(library):
         out = torch.ops.fila.crop_resize(torch.ones(1, 4, 4, 2), torch.tensor([[0., 0., 4., 4.]]), torch.tensor([0]), 2)
         print(out.sum().item(), torch._C._dispatch_has_kernel_for_dispatch_key("fila::crop_resize", "CUDA"))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(line.strip() for line in script.splitlines())],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "cuda=8.0 9.0a 10.0a\n" in done.stdout
     assert re.search(r"^toolkit=\d+\.\d+", done.stdout, re.MULTILINE)
@@ -293,6 +291,37 @@ def test_its_symbols_are_the_stable_abis_and_none_of_cudas(library):
     exported = subprocess.check_output(["nm", "-D", "--defined-only", str(library)], text=True)
     assert "cudart" not in exported
     assert "cudaMalloc" not in exported
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_its_cuda_operators_check_their_arguments(library):
+    """Called as for CUDA tensors with others: refused by name, and nothing is launched."""
+    script = f"""
+        import torch
+        torch.ops.load_library({str(library)!r})
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        forward, back = torch.ops.fila.crop_resize.default, torch.ops.fila.crop_resize_backward.default
+        box, index = torch.tensor([[0., 0., 4., 4.]]), torch.tensor([0])
+        calls = (
+            lambda: forward.redispatch(keys, torch.ones(1, 4, 4), box, index, 2),
+            lambda: forward.redispatch(keys, torch.ones(1, 4, 4, 2), box, index, 2),
+            lambda: back.redispatch(keys, torch.ones(1, 2, 2), box, index, 1, 4, 4),
+            lambda: back.redispatch(keys, torch.ones(1, 2, 2, 2), box, index, 1, 4, 4),
+        )
+        for call in calls:
+            try:
+                call()
+            except ValueError as error:
+                print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [
+        "fila::crop_resize: expected features of shape [B, h, w, C], got [1, 4, 4]",
+        "fila::crop_resize: expected features on a CUDA device, got the CPU",
+        "fila::crop_resize_backward: expected grad of shape [T, size, size, C], got [1, 2, 2]",
+        "fila::crop_resize_backward: expected grad on a CUDA device, got the CPU",
+    ], done.stderr
 
 
 STREAM = """
