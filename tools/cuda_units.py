@@ -126,9 +126,9 @@ def compile_commands(folder: Path, architectures: tuple[str, ...] = ARCHITECTURE
 
 def split_architectures(command: list[str]) -> dict[str, list[str]]:
     """The command for each of its architectures alone: {"90a": [...]}."""
-    codes = [part for part in command if part.startswith("-gencode")]
-    rest = [part for part in command if part not in codes]
-    return {re.search(r"compute_(\w+)", code)[1]: [*rest, code] for code in codes}  # type: ignore[index]
+    rest = [part for part in command if not part.startswith("-gencode")]
+    found = {re.search(r"code=sm_(\w+)", part): part for part in command if part.startswith("-gencode")}
+    return {match[1]: [*rest, part] for match, part in found.items() if match}
 
 
 def run_measured(command: list[str], folder: Path) -> tuple[str, float, int]:
