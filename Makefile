@@ -10,7 +10,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-transformers test-aot test-cuda lint format bench gpu train-nano clean
+.PHONY: help setup demo test test-fast test-transformers test-aot test-cuda test-sanitize lint format bench gpu train-nano clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,16 +36,19 @@ test-aot: setup ## compile every config of the Triton kernels that the tuner wou
 test-cuda: setup ## compile every unit of csrc/cuda for three architectures, look at the binaries, record (no GPU)
 	$(RUN) tools/cuda_units.py $(ARGS)
 
+test-sanitize: setup ## run the CPU kernels' tests and fuzz under AddressSanitizer and UBSan (some minutes)
+	$(RUN) tools/sanitize.py
+
 lint: setup ## formatting, lint and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	.venv/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	.venv/bin/clang-format --dry-run --Werror $$(find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 format: setup ## rewrite sources in the project's format
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
-	.venv/bin/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	.venv/bin/clang-format -i $$(find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 bench: setup ## run the benchmarks of bench/
 	$(RUN) -m bench.run $(ARGS)
