@@ -53,14 +53,28 @@ def _triton_available(device: torch.device | None, dtype: torch.dtype | None) ->
     return True, "fused Triton kernels: NVIDIA GPUs of compute capability 8.0 and above"
 
 
+# What the native library says about itself, in values that torch.compile can hold.
 @torch.compiler.assume_constant_result
-def _cuda_build() -> tuple[native.Build | None, str]:
-    return native.build(), native.describe_cuda()
+def _cuda_kernels() -> tuple[bool, str]:
+    build = native.build()
+    return build is not None and bool(build.architectures), native.describe_cuda()
+
+
+@torch.compiler.assume_constant_result
+def _cuda_runs_on(major: int, minor: int) -> bool:
+    build = native.build()
+    return build is not None and build.runs_on((major, minor))
+
+
+@torch.compiler.assume_constant_result
+def _cuda_has_single_pass() -> bool:
+    build = native.build()
+    return build is not None and any(name.startswith("9.0a") for name in build.architectures)
 
 
 def _cuda_available(device: torch.device | None, dtype: torch.dtype | None) -> tuple[bool, str]:
-    build, description = _cuda_build()
-    if build is None or not build.architectures:
+    compiled, description = _cuda_kernels()
+    if not compiled:
         return False, f"{description}; use 'torch', which runs on any device"
     if dtype == torch.float64:
         return False, "its kernels compute in float32 and take no float64; use 'torch' or 'reference'"
@@ -70,7 +84,7 @@ def _cuda_available(device: torch.device | None, dtype: torch.dtype | None) -> t
         return False, f"no CUDA device for the {description}; use 'torch', which runs on any device"
     device = device or torch.device("cuda", torch.cuda.current_device())
     capability = _capability(device.index)
-    if not build.runs_on(capability):
+    if not _cuda_runs_on(*capability):
         return False, (
             f"it has {description}, and {device} has compute capability {capability[0]}.{capability[1]}; "
             "TORCH_CUDA_ARCH_LIST names others when it is built"
@@ -116,12 +130,8 @@ def _single_pass_obstacle(
         return f"its kernel multiplies bfloat16 and float16, got {dtype}"
     if widths is not None and widths != (CUDA_SINGLE_PASS_WIDTH, CUDA_SINGLE_PASS_WIDTH):
         return f"expected token and hidden widths of {CUDA_SINGLE_PASS_WIDTH}, got {widths[0]} and {widths[1]}"
-    build, _ = _cuda_build()
-    if device is not None and (
-        _capability(device.index) != CUDA_SINGLE_PASS_CAPABILITY
-        or build is None
-        or not any(name.startswith("9.0a") for name in build.architectures)
-    ):
+    capability = CUDA_SINGLE_PASS_CAPABILITY if device is None else _capability(device.index)
+    if capability != CUDA_SINGLE_PASS_CAPABILITY or not _cuda_has_single_pass():
         return "its kernel is for compute capability 9.0, compiled as 9.0a"
     return ""
 

@@ -63,20 +63,19 @@ class Build(NamedTuple):
     without_cuda: str  # why it has no CUDA kernels
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
-        """Whether a GPU of this compute capability executes what was compiled.
+        """Whether a GPU of this compute capability executes what was compiled."""
+        return any(_runs_on(name, capability) for name in self.architectures)
 
-        Code for 8.0 runs on all of 8.x from there on, that for 9.0a on 9.0 alone; "+PTX" on whatever came later, too.
-        """
-        for name in self.architectures:
-            number, _, ptx = name.partition("+")
-            major, minor = (int(part) for part in number.rstrip("af").split("."))
-            if number[-1] == "a":
-                found = capability == (major, minor)
-            else:
-                found = capability[0] == major and capability[1] >= minor
-            if found or (ptx and number[-1].isdigit() and capability >= (major, minor)):
-                return True
-        return False
+
+@cache
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Code for 8.0 runs on all of 8.x from there on, that for 9.0a on 9.0 alone; "+PTX" on whatever came later, too."""
+    number, _, ptx = architecture.partition("+")
+    major, minor = (int(part) for part in number.rstrip("af").split("."))
+    if number[-1] == "a":
+        return capability == (major, minor)
+    later = ptx and number[-1].isdigit() and capability >= (major, minor)
+    return bool(later) or (capability[0] == major and capability[1] >= minor)
 
 
 def build() -> Build | None:
@@ -93,8 +92,11 @@ def _read_build() -> Build:
 def describe_cuda() -> str:
     """The library's CUDA kernels in a few words, or why there are none."""
     found = build()
-    if found is None:
-        return f"no CUDA kernels: the native library is {load()[1]}"
+    return f"no CUDA kernels: the native library is {load()[1]}" if found is None else _describe(found)
+
+
+@cache
+def _describe(found: Build) -> str:
     if not found.architectures:
         return f"no CUDA kernels in the native library: {found.without_cuda}"
     return f"CUDA kernels for {', '.join(found.architectures)}, compiled by nvcc {found.toolkit}"

@@ -122,6 +122,18 @@ def test_who_may_use_cuda(monkeypatch):
         dispatch.resolve("cuda", device=cuda, dtype=torch.bfloat16)
 
 
+def test_what_the_library_says_is_constant_where_torch_compile_traces(monkeypatch):
+    monkeypatch.setattr(native, "build", lambda: CUDA_BUILD)
+
+    def chosen(x):
+        compiled, reason = dispatch._cuda_kernels()
+        usable = compiled and dispatch._cuda_runs_on(9, 0) and not dispatch._cuda_runs_on(7, 5)
+        return x + (len(reason) if usable and dispatch._cuda_has_single_pass() else 0)
+
+    traced = torch.compile(chosen, fullgraph=True, backend="eager")
+    assert traced(torch.zeros(1)).item() == len(native.describe_cuda()) > 0
+
+
 def test_single_pass_in_cuda_is_for_one_width_and_capability(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(native, "build", lambda: CUDA_BUILD)
