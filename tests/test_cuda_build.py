@@ -1,4 +1,4 @@
-"""How the CUDA half of csrc/ is built: what setup.py decides, what the units' checker finds, one library for any torch.
+"""How the CUDA half of csrc/ is built: what setup.py decides, and one library for any torch.
 
 Compiling needs nvcc and the headers of CUTLASS, and no GPU; without them those tests are skipped.
 """
@@ -161,90 +161,6 @@ def test_demanding_kernels_of_a_library_that_is_not_built_is_an_error(tmp_path):
     assert "error: FILA_KERNELS_BUILD_CUDA=1, but: FILA_KERNELS_BUILD_NATIVE=0 when this was installed" in done.stderr
 
 
-def compiled(name: str, source: str, folder: Path) -> cuda_units.Unit:
-    """A unit of one's own for sm_80."""
-    path = folder / f"{name}.cu"
-    path.write_text(source)
-    nvcc = str(cuda_units.setup_module().find_nvcc())
-    command = [nvcc, "-std=c++17", "-O3", "-gencode=arch=compute_80,code=sm_80", "-c", str(path), "-o", f"{name}.cu.o"]
-    return cuda_units.compile_unit(name, "80", command, folder)
-
-
-GOOD = """
-__global__ void copy(const uint4* from, uint4* to) { __stwb(to + threadIdx.x, from[threadIdx.x]); }
-"""
-NARROW = """
-__global__ void copy(const unsigned* from, unsigned* to) { to[threadIdx.x] = from[threadIdx.x]; }
-"""
-NOTHING = """
-__global__ void copy(const uint4* from, uint4* to) { if (from == to) __trap(); }
-"""
-SPILLS = """
-__global__ void __launch_bounds__(1024, 2) copy(const uint4* from, uint4* to) {
-  uint4 kept[32];
-  for (int i = 0; i < 32; ++i) kept[i] = from[threadIdx.x + i * 1024];
-  __syncthreads();
-  for (int i = 0; i < 32; ++i) __stwb(to + threadIdx.x + (31 - i) * 1024, kept[31 - i]);
-}
-"""
-INDEXED = """
-__global__ void copy(const uint4* from, uint4* to, int n) {
-  uint4 kept[8];
-  for (int i = 0; i < 8; ++i) kept[i * n & 7] = from[threadIdx.x + i * 1024];
-  for (int i = 0; i < 8; ++i) __stwb(to + threadIdx.x + i * 1024, kept[i + n & 7]);
-}
-"""
-
-
-@needs_nvcc
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("source", "found"),
-    [
-        (GOOD, ""),
-        (NARROW, "has no LDG.E.128"),
-        (NOTHING, "1 kernels write nothing"),
-        (SPILLS, r"spills \d+ bytes of registers"),
-        (INDEXED, r"has a stack frame of \d+ bytes"),
-    ],
-    ids=["good", "narrow", "nothing", "spills", "indexed"],
-)
-def test_planted_faults_are_found(source, found, tmp_path):
-    faults = cuda_units.faults(compiled("crop_resize_planted", source, tmp_path))
-    assert bool(faults) == bool(found), faults
-    assert not found or any(re.search(found, fault) for fault in faults), faults
-
-
-def test_a_unit_without_its_tensor_cores_or_beyond_its_memory_is_found():
-    good = dict(
-        unit="fc1_bf16_sm90a", architecture="sm_90a", kernels=1, registers=168, spill_bytes=0, stack_bytes=0,
-        shared_bytes=0, instructions="HGMMA 64, UTMALDG 8", storeless=0, seconds=30.0, megabytes=1800, nvcc="13.0",
-        cutlass="4.2.0",
-    )  # fmt: skip
-    assert cuda_units.faults(cuda_units.Unit(**good)) == []
-    assert cuda_units.intended("fc1_bf16_sm90a") == ("HGMMA", "UTMALDG")
-    assert cuda_units.intended("crop_resize_backward") == ("LDG.E.128", "STG.E.128")
-    bad = cuda_units.Unit(**good | dict(instructions="HGMMA 0, UTMALDG 8", megabytes=5000))
-    assert cuda_units.faults(bad) == [
-        "fc1_bf16_sm90a for sm_90a: has no HGMMA",
-        "fc1_bf16_sm90a for sm_90a: takes 5000 MB to compile, more than 4096",
-    ]
-
-
-def test_instructions_are_counted_by_kernel():
-    sass = """
-        Function : first
-        /*0000*/                   LDC R1, c[0x0][0x28] ;                     /* 0x00 */
-        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;           /* 0x00 */
-        /*0020*/             @!UP0 UTMALDG.2D [UR8], [UR4] ;                  /* 0x00 */
-        Function : second
-        /*0000*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4] ; /* 0x00 */
-    """
-    counts = cuda_units.count_instructions(sass)
-    assert counts["first"] == {"LDC": 1, "LDG.E.128": 1, "UTMALDG.2D": 1}
-    assert counts["second"] == {"HGMMA.64x256x16.F32.BF16": 1}
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
     """The library with the quick units of CUDA, for all architectures."""
@@ -254,18 +170,6 @@ def library(tmp_path_factory) -> Path:
     done = subprocess.run([cmake, "--build", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "libfila_kernels.so"
-
-
-@needs_nvcc
-@pytest.mark.slow
-def test_a_units_name_says_what_it_is_compiled_for(tmp_path):
-    found = {}
-    for name, command in cuda_units.compile_commands(tmp_path, ("8.6", "9.0a+PTX", "12.0")).items():
-        found[name] = [part.split("code=")[-1] for part in command if part.startswith("-gencode")]
-    assert found["crop_resize"] == ["sm_86", "sm_90a", "compute_90a", "sm_120"]
-    assert found["fc1_bf16_sm80"] == ["sm_86", "sm_120"], "everything without units of its own"
-    assert found["fc1_bf16_sm90a"] == ["sm_90a", "compute_90a"]
-    assert not [name for name in found if name.endswith("_sm100a")]
 
 
 @needs_nvcc
@@ -380,20 +284,54 @@ def test_the_stream_is_found_in_a_library_that_is_loaded_for_others(tmp_path, ha
     assert done.stdout.strip() == ("67" if has_cuda else "-1"), done.stderr
 
 
+LAUNCH = """
+#include <cstdio>
+#include <exception>
+#include "cuda/crop_resize.h"
+int main() {
+  const fila::FeatureMaps<float> maps{nullptr, 240, 40, 4, 2, 6, 10, 4};
+  const fila::TileBoxes boxes{nullptr, 4, 1, nullptr, true, 1, 3};
+  const fila::CropTables tables{3, 5, 2, 6, 10, nullptr, nullptr, nullptr, nullptr};
+  for (const bool forward : {true, false}) {
+    try {
+      if (forward) {
+        fila::launch_crop_resize<float>(maps, boxes, 5, {nullptr, 100, 4}, nullptr);
+      } else {
+        fila::launch_crop_resize_backward<float>({nullptr, 100, 20, 4, 5, 4}, boxes, tables, nullptr, nullptr);
+      }
+    } catch (const std::exception& error) {
+      std::puts(error.what());
+    }
+  }
+}
+"""
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_a_launch_that_fails_names_kernel_and_shape(tmp_path):
+    """Without a device every launch fails."""
+    tools = cuda_units.setup_module()
+    (tmp_path / "launch_main.cu").write_text(LAUNCH)
+    folder = ROOT / "csrc" / "cuda"
+    sources = [folder / "launch.cpp", folder / "crop_resize.cu", folder / "crop_resize_backward.cu"]
+    subprocess.run(
+        [str(tools.find_nvcc()), "-std=c++17", "--expt-relaxed-constexpr", "-arch=sm_80", f"-I{ROOT / 'csrc'}",
+         f"-I{tools.find_torch() / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+         str(tmp_path / "launch_main.cu"), *map(str, sources), "-ldl", "-o", str(tmp_path / "launch")], check=True,
+    )  # fmt: skip
+    done = subprocess.run(
+        [str(tmp_path / "launch")],
+        capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    first, second = done.stdout.splitlines()
+    assert re.match(r"crop_resize_fwd_kernel for \[3, 5, 2, 6, 10, 4, 4\] failed: .+ \(cudaError\w+\)$", first)
+    assert re.match(r"crop_tables_kernel for \[3, 5, 2, 6, 10\] failed: .+ \(cudaError\w+\)$", second)
+
+
 @needs_nvcc
 @pytest.mark.slow
 def test_it_holds_code_for_every_architecture(library):
     command = [cuda_units.disassembler(), "--list-elf", str(library)]
     listing = subprocess.check_output(command, text=True)
     assert set(re.findall(r"sm_(\w+)\.cubin", listing)) == {"80", "90a", "100a"}, shlex.join(command)
-
-
-@needs_nvcc
-@pytest.mark.slow
-def test_the_quick_units_are_as_intended(tmp_path):
-    """Without spills, with 16-byte accesses; `make test-cuda` looks at all units."""
-    commands = cuda_units.compile_commands(tmp_path)
-    for name in ("crop_resize", "crop_resize_backward"):
-        for architecture, command in cuda_units.split_architectures(commands[name]).items():
-            unit = cuda_units.compile_unit(name, architecture, command, tmp_path)
-            assert cuda_units.faults(unit) == []
