@@ -1,7 +1,7 @@
 """Which of the exact ways to compute the operation is used, decided from shapes, dtype and device alone."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -99,25 +99,11 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def choose(
-    shape: Shape, dtype: torch.dtype, device: torch.device, requested: str | None = None, backend: str = "torch"
-) -> Plan:
-    """The plan for each direction: `requested`, else the tuned table's nearest entry, else the cost model's."""
+@lru_cache(maxsize=1024)
+def _by_cost(shape: Shape, dtype: torch.dtype, device: torch.device) -> Plan:
+    """What the cost model prefers; asked at every call of a device that was never tuned."""
     chosen, reasons = {}, {}
-    measured = tuned.load(_device_name(device)).plan(shape, dtype) if backend == "triton" and not requested else None
     for direction in DIRECTIONS:
-        if requested == "single_pass" and direction != "forward":
-            chosen[direction] = "sample_first"
-            reasons[direction] = "single_pass is a plan of the forward pass; its gradients sample first"
-            continue
-        if requested:
-            chosen[direction], reasons[direction] = requested, "requested by the caller"
-            continue
-        if measured is not None:
-            plans, exact = measured
-            chosen[direction] = plans[direction]
-            reasons[direction] = f"tuned table of {_device_name(device)}: " + ("measured" if exact else "nearest entry")
-            continue
         cost = {plan: _seconds(shape, plan, direction, dtype, device) for plan in ("sample_first", "project_first")}
         chosen[direction] = min(cost, key=cost.__getitem__)
         reasons[direction] = (
@@ -125,3 +111,28 @@ def choose(
             f"project_first {cost['project_first'] * 1e3:.2f} ms for {shape.cells} cells"
         )
     return Plan(**chosen, reasons=reasons)
+
+
+@cache
+def _requested(plan: str) -> Plan:
+    chosen = dict.fromkeys(DIRECTIONS, plan)
+    reasons = dict.fromkeys(DIRECTIONS, "requested by the caller")
+    if plan == "single_pass":
+        for direction in DIRECTIONS[1:]:
+            chosen[direction] = "sample_first"
+            reasons[direction] = "single_pass is a plan of the forward pass; its gradients sample first"
+    return Plan(**chosen, reasons=reasons)
+
+
+def choose(
+    shape: Shape, dtype: torch.dtype, device: torch.device, requested: str | None = None, backend: str = "torch"
+) -> Plan:
+    """The plan for each direction: `requested`, else the tuned table's nearest entry, else the cost model's."""
+    if requested:
+        return _requested(requested)
+    measured = tuned.load(_device_name(device)).plan(shape, dtype) if backend == "triton" else None
+    if measured is None:
+        return _by_cost(shape, dtype, device)
+    plans, exact = measured
+    reason = f"tuned table of {_device_name(device)}: " + ("measured" if exact else "nearest entry")
+    return Plan(**plans, reasons=dict.fromkeys(DIRECTIONS, reason))

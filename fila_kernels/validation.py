@@ -13,8 +13,9 @@ INDICES = (torch.int32, torch.int64)
 
 
 def _expect(condition: bool, name: str, expected: str, got: object, *sizes: object) -> None:
-    """`sizes` go into the braces of `expected` only on failure: printing a symbolic size would fix it in a trace."""
+    """`sizes` go into the braces of `expected` only on failure: printing takes time, and fixes a symbolic size."""
     if not condition:
+        got = list(got) if isinstance(got, torch.Size) else got
         raise ValueError(f"{name}: expected {expected.format(*sizes)}, got {got}")
 
 
@@ -23,25 +24,25 @@ def _check_maps(features: Tensor, boxes: Tensor, image_index: Tensor) -> None:
         _expect(isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__)
     device = features.device
     _expect(device.type != "meta" or torch.compiler.is_compiling(), "features", "a tensor with data", "a meta tensor")
-    _expect(features.dim() == 4, "features", "shape [B, h, w, C]", list(features.shape))
+    _expect(features.dim() == 4, "features", "shape [B, h, w, C]", features.shape)
     _expect(features.dtype in FLOATS, "features", "dtype float32, bfloat16, float16 or float64", features.dtype)
-    _expect(boxes.dim() == 2 and boxes.shape[1] == 4, "boxes", "shape [T, 4]", list(boxes.shape))
+    _expect(boxes.dim() == 2 and boxes.shape[1] == 4, "boxes", "shape [T, 4]", boxes.shape)
     _expect(boxes.dtype == torch.float32, "boxes", "dtype torch.float32", boxes.dtype)
     tiles = boxes.shape[0]
     _expect(
         image_index.dim() == 1 and image_index.shape[0] == tiles,
         "image_index",
         "shape [{}]",
-        list(image_index.shape),
+        image_index.shape,
         tiles,
     )
     _expect(image_index.dtype in INDICES, "image_index", "dtype int32 or int64", image_index.dtype)
-    _expect(boxes.device == device, "boxes", f"device {device} (as features)", boxes.device)
-    _expect(image_index.device == device, "image_index", f"device {device} (as features)", image_index.device)
+    _expect(boxes.device == device, "boxes", "device {} (as features)", boxes.device, device)
+    _expect(image_index.device == device, "image_index", "device {} (as features)", image_index.device, device)
     images, height, width, _ = features.shape
     _expect(
         tiles == 0 or (images > 0 and height > 0 and width > 0),
-        "features", "at least one image and one cell where there are tiles", list(features.shape),
+        "features", "at least one image and one cell where there are tiles", features.shape,
     )  # fmt: skip
     _check_values(boxes, image_index, images)
 
@@ -76,13 +77,13 @@ def check_cvfm(
     *, num_prefix_tokens: int, gate: str, plan: str | None,
 ) -> None:  # fmt: skip
     """Raise `ValueError` unless `cvfm` can run on these arguments."""
-    _expect(gate in GATES, "gate", f"one of {', '.join(GATES)}", repr(gate))
-    _expect(plan is None or plan in PLANS, "plan", f"one of {', '.join(PLANS)} or None", repr(plan))
+    _expect(gate in GATES, "gate", "one of {}", repr(gate), ", ".join(GATES))
+    _expect(plan is None or plan in PLANS, "plan", "one of {} or None", repr(plan), ", ".join(PLANS))
     _check_maps(features, boxes, image_index)
     _expect(isinstance(tokens, Tensor), "tokens", "a tensor", type(tokens).__name__)
-    _expect(tokens.dim() == 3, "tokens", "shape [T, P + N, D]", list(tokens.shape))
+    _expect(tokens.dim() == 3, "tokens", "shape [T, P + N, D]", tokens.shape)
     tiles, length, width = tokens.shape
-    _expect(tiles == boxes.shape[0], "boxes", "shape [{}, 4] (as tokens)", list(boxes.shape), tiles)
+    _expect(tiles == boxes.shape[0], "boxes", "shape [{}, 4] (as tokens)", boxes.shape, tiles)
     _expect(num_prefix_tokens >= 0, "num_prefix_tokens", "0 or more", num_prefix_tokens)
     patches = length - num_prefix_tokens
     # A traced length is a symbol; the operator looks at the real one.
@@ -100,10 +101,10 @@ def check_cvfm(
         "alpha": (alpha, (1,), "[1]"),
     }
     for name, (tensor, shape, letters) in expected.items():
-        _expect(tuple(tensor.shape) == shape, name, "shape {} = {}", list(tensor.shape), letters, list(shape))
+        _expect(tuple(tensor.shape) == shape, name, "shape {} = {}", tensor.shape, letters, list(shape))
     for name, tensor in [("features", features), *((name, entry[0]) for name, entry in expected.items())]:
-        _expect(tensor.dtype == tokens.dtype, name, f"dtype {tokens.dtype} (as tokens)", tensor.dtype)
-        _expect(tensor.device == tokens.device, name, f"device {tokens.device} (as tokens)", tensor.device)
+        _expect(tensor.dtype == tokens.dtype, name, "dtype {} (as tokens)", tensor.dtype, tokens.dtype)
+        _expect(tensor.device == tokens.device, name, "device {} (as tokens)", tensor.device, tokens.device)
 
 
 def check_features_grad(features_grad: Tensor | None, features: Tensor) -> None:
@@ -113,7 +114,7 @@ def check_features_grad(features_grad: Tensor | None, features: Tensor) -> None:
     name = "features_grad"
     _expect(isinstance(features_grad, Tensor), name, "a tensor", type(features_grad).__name__)
     shape = list(features.shape)
-    _expect(features_grad.shape == features.shape, name, "shape {} (as features)", list(features_grad.shape), shape)
+    _expect(features_grad.shape == features.shape, name, "shape {} (as features)", features_grad.shape, shape)
     dtypes = (features.dtype, torch.float32)
     _expect(features_grad.dtype in dtypes, name, f"dtype {features.dtype} or torch.float32", features_grad.dtype)
     _expect(features_grad.device == features.device, name, f"device {features.device}", features_grad.device)

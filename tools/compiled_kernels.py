@@ -29,17 +29,20 @@ from fila_kernels.backends.triton import configs, crop_resize, host, products
 
 ROOT = Path(__file__).resolve().parent.parent
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ARCHITECTURES = tuple(configs.ARCHITECTURES)
+ARCHITECTURES = (80, 90, 100)  # of which everything is compiled; of sm_89 and sm_120 the defaults
 # Registers and bytes of shared memory of a multiprocessor; a block's shared memory costs another kilobyte.
 REGISTERS = 65_536
-SHARED_MEMORY = {80: 167_936, 90: 233_472, 100: 233_472}
-THREADS = 2_048
+SHARED_MEMORY = {80: 167_936, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
+THREADS = {80: 2_048, 89: 1_536, 90: 2_048, 100: 2_048, 120: 1_536}
 # The instructions that the tensor cores and the copy engines of an architecture are driven by.
-INTENDED = {80: ("HMMA", "LDGSTS"), 90: ("HGMMA", "UTMALDG"), 100: ("UTCHMMA", "UTMALDG")}
+BY_REGISTERS = ("HMMA", "LDGSTS")
+INTENDED = {
+    80: BY_REGISTERS, 89: BY_REGISTERS, 90: ("HGMMA", "UTMALDG"), 100: ("UTCHMMA", "UTMALDG"), 120: BY_REGISTERS,
+}  # fmt: skip
 # What a launch is beside its kernel's name.
 WORDS = {"PROJECTED": "projected", "IN_PLACE": "in place", "ACCUMULATE": "accumulated", "TAIL_M": "one image"}
 # No config reads through descriptors here: row blocks of a single pass gather, and its weights stay in L2.
-WITHOUT_DESCRIPTORS = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
+WITHOUT_DESCRIPTORS = {arch: instructions[:1] for arch, instructions in INTENDED.items()}
 
 
 @dataclass
@@ -62,16 +65,21 @@ class Kernel:
         return sum(number for name, number in self.instructions.items() if name.startswith(prefix))
 
     @property
+    def spills(self) -> int:
+        """Registers stored away; a double precision division is a call, whose frame holds one."""
+        return max(0, max(self.count("STL"), self.count("LDL")) - bool(self.count("DFMA")))
+
+    @property
     def occupancy(self) -> float:
         """Resident warps of the most a multiprocessor holds, by registers, shared memory and threads."""
         per_warp = -(-self.registers // 8) * 8 * 32
         blocks = min(
             REGISTERS // (per_warp * self.num_warps),
             SHARED_MEMORY[self.arch] // (self.shared + 1024),
-            THREADS // (32 * self.num_warps),
+            THREADS[self.arch] // (32 * self.num_warps),
             32,
         )
-        return blocks * self.num_warps * 32 / THREADS
+        return blocks * self.num_warps * 32 / THREADS[self.arch]
 
 
 class _Driver:
@@ -162,7 +170,7 @@ def least_products(kernel: Kernel) -> int:
     if kernel.name.startswith("single_pass"):
         return 1
     steps = config.block_k // 16 * (2 if kernel.name.startswith("fc1_fwd") and "projected" not in kernel.name else 1)
-    if kernel.arch < 90:  # 16 x 8 results each
+    if INTENDED[kernel.arch] == BY_REGISTERS:  # 16 x 8 results each
         return steps * config.block_m * config.block_n // (128 * config.num_warps)
     if kernel.arch == 90:  # 64 rows for four warps, up to 256 columns
         return steps * (max(1, config.block_m // (16 * config.num_warps)) + bool(config.tail_m))
@@ -181,12 +189,10 @@ def faults(kernel: Kernel) -> list[str]:
         found.append("nothing is stored")
     if kernel.count("BPT.TRAP") and not kernel.count("STG"):
         found.append("a trap in place of the body")
-    # A double precision division is a call, whose frame holds one register.
-    spared = 1 if kernel.count("DFMA") else 0
-    if kernel.dtype != torch.float32 and (kernel.count("STL") > spared or kernel.count("LDL") > spared):
+    if kernel.dtype != torch.float32 and kernel.spills > 0:
         found.append(f"registers spill: {kernel.count('STL')} stores, {kernel.count('LDL')} loads")
     if isinstance(kernel.config, configs.GemmConfig) and kernel.dtype != torch.float32:
-        descriptors = kernel.config.tma or kernel.arch < 90
+        descriptors = kernel.config.tma or INTENDED[kernel.arch] == BY_REGISTERS
         wanted = INTENDED if descriptors and not kernel.name.startswith("single_pass") else WITHOUT_DESCRIPTORS
         found += [f"no {name}" for name in wanted[kernel.arch] if not kernel.count(name)]
         counted, expected = kernel.count(wanted[kernel.arch][0]), least_products(kernel)
@@ -287,6 +293,16 @@ def compile_defaults(arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Ker
     return found
 
 
+def tile_of(config: configs.Config | None) -> tuple[str, str]:
+    """The tile and the stages of the pipeline, in words."""
+    if isinstance(config, configs.GemmConfig):
+        rows = f"({config.block_m} + {config.tail_m})" if config.tail_m else str(config.block_m)
+        return f"{rows} x {config.block_n} x {config.block_k}", str(config.num_stages)
+    if isinstance(config, configs.GatherConfig):
+        return f"{config.block_rows} x {config.block_columns}", "-"
+    return "-", "-"
+
+
 def table(kernels: list[Kernel]) -> str:
     """The kernels as a Markdown table."""
     lines = [
@@ -294,25 +310,17 @@ def table(kernels: list[Kernel]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for kernel in kernels:
-        config = kernel.config
-        if isinstance(config, configs.GemmConfig):
-            rows = f"({config.block_m} + {config.tail_m})" if config.tail_m else str(config.block_m)
-            tile, stages = f"{rows} x {config.block_n} x {config.block_k}", str(config.num_stages)
-        elif isinstance(config, configs.GatherConfig):
-            tile, stages = f"{config.block_rows} x {config.block_columns}", "-"
-        else:
-            tile, stages = "-", "-"
-        spills = kernel.count("STL") if not kernel.count("DFMA") else max(kernel.count("STL") - 1, 0)
+        tile, stages = tile_of(kernel.config)
         lines.append(
             f"| `{kernel.name}` | sm_{kernel.arch} | {tile} | {kernel.num_warps} | {stages} | {kernel.registers} | "
-            f"{spills} | {kernel.shared:,} B | {kernel.occupancy:.0%} |"
+            f"{kernel.spills} | {kernel.shared:,} B | {kernel.occupancy:.0%} |"
         )
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=tuple(INTENDED))
     options = parser.parse_args()
     kernels = [kernel for arch in options.arch for kernel in compile_defaults(arch)]
     wrong = [fault for kernel in kernels for fault in faults(kernel)]

@@ -48,7 +48,7 @@ def test_nothing_planted(guards):  # noqa: F811
     ("old", "new"),
     [
         ("mask=written)", "mask=written & (row != 3)[:, None])"),  # an unwritten row
-        ("upper_tap(left, weight_x).to(tl.int64) * stride_w", "(left + 0).to(tl.int64) * stride_w"),  # a wrong tap
+        ("upper_tap(left, weight_x).to(tl.int64) * stride_w", "left.to(tl.int64) * stride_w"),  # a wrong tap
         ("tile.to(tl.int64) * stride_out_t +", "0 * stride_out_t +"),  # all tiles in one place
         ("tl.where(is_lower, 1.0 - weight, weight)", "tl.where(is_lower, weight, 1.0 - weight)"),  # weights swapped
         ("range(most_x)", "range(most_x - 1)"),  # a sample forgotten

@@ -31,9 +31,14 @@ class Device:
 # Limits of the architectures that kernels are compiled for without a GPU, and the stand-in for the interpreter.
 ARCHITECTURES = {
     80: Device("sm_80", (8, 0), 108, 166_912),
+    89: Device("sm_89", (8, 9), 128, 101_376),
     90: Device("sm_90", (9, 0), 132, 232_448),
     100: Device("sm_100", (10, 0), 148, 232_448),
+    120: Device("sm_120", (12, 0), 170, 101_376),
 }
+# Compute capabilities whose tensor cores take whole tiles from shared memory, where the copy engine puts them. The
+# others, 12 among them, multiply from registers and are fed by asynchronous loads.
+COPY_ENGINE = (9, 10, 11)
 INTERPRETER = Device("interpreter", (9, 0), 2, 232_448)
 
 
@@ -41,7 +46,7 @@ def _shared_memory(capability: tuple[int, int]) -> int:
     """What CUDA's table of technical specifications grants a block, by compute capability."""
     if capability in ((8, 0), (8, 7)):
         return 166_912
-    return 232_448 if capability[0] in (9, 10, 11) else 101_376
+    return 232_448 if capability[0] in COPY_ENGINE else 101_376
 
 
 @cache
@@ -146,13 +151,36 @@ def shared_memory(config: GemmConfig, problem: Problem) -> int:
     return config.num_stages * stage
 
 
-def _compiles_well(config: GemmConfig, kernel: str, major: int) -> bool:
-    """What ahead-of-time compilation showed, by Triton 3.6 and 3.7: nothing that is let through here spills."""
-    narrow = kernel in ("fc1_projected", "hidden_gradient")  # their epilogues hold most
+def _compiles_well(config: GemmConfig, problem: Problem, device: Device) -> bool:
+    """What compiling showed below float32, by Triton 3.6 and 3.7: nothing that is let through here spills.
+
+    By kernel, since it is the epilogues that differ: those of `fc1_projected` and `hidden_gradient` hold most.
+    """
+    kernel, major = problem.kernel, device.capability[0]
+    if problem.dtype == torch.float32 or device == INTERPRETER:
+        return not config.warp_specialize
+    heavy = kernel in ("fc1_projected", "hidden_gradient")
+    square = config.rows * config.block_n == 128 * 32 * config.num_warps and config.block_n == 128
+    if kernel == "single_pass":
+        wide = power_of_two(problem.n) > 256
+        if wide and config.block_k > 32:
+            return False
+        if wide and major not in COPY_ENGINE and config.block_m * power_of_two(problem.n) > 64 * 32 * config.num_warps:
+            return False
+        if wide and major == 9 and config.num_stages > 1:
+            return False
+        return major not in COPY_ENGINE or config.block_m >= 64  # fewer rows go past the matrix unit that is meant
+    if square and (heavy or kernel in ("fc1", "fc2")):
+        return False
     if config.warp_specialize:
         right = config.tma and major == 10 and config.num_warps == 8 and config.block_m == 128
-        return right and not (narrow and config.block_n > 128)
-    return True
+        return right and not (heavy and config.block_n > 128)
+    tile = config.block_m, config.block_n, config.num_warps
+    if heavy and (tile == (128, 64, 4) or (major == 10 and tile == (64, 256, 4))):
+        return False
+    if not config.tma and tile == (64, 128, 4) and major == 10 and kernel in ("fc1", "fc2"):
+        return False
+    return not (kernel == "hidden_gradient" and not config.tma and tile == (128, 256, 8))
 
 
 def supports(config: Config, problem: Problem, device: Device) -> bool:
@@ -172,9 +200,9 @@ def supports(config: Config, problem: Problem, device: Device) -> bool:
         return False
     if not _is_power_of_two(config.split_epilogue) or config.block_n // config.split_epilogue < 16:
         return False
-    if config.tma and (wide or not problem.aligned or device.capability[0] < 9 or max(sizes) > 256):
+    if config.tma and (wide or not problem.aligned or device.capability[0] not in COPY_ENGINE or max(sizes) > 256):
         return False
-    if not _compiles_well(config, problem.kernel, device.capability[0]):
+    if not _compiles_well(config, problem, device):
         return False
     if config.tail_m and not (
         problem.kernel in TAILED
@@ -187,12 +215,6 @@ def supports(config: Config, problem: Problem, device: Device) -> bool:
     columns = power_of_two(problem.n) if wide else config.block_n
     if config.rows * columns > 128 * 32 * config.num_warps:
         return False
-    if wide and columns > 256 and problem.dtype != torch.float32 and device != INTERPRETER:
-        # Found by compiling: what does not spill beside an accumulator as wide as this.
-        if device.capability[0] == 8 and config.block_m * columns > 64 * 32 * config.num_warps:
-            return False
-        if device.capability[0] == 9 and config.num_stages > 1:
-            return False
     return shared_memory(config, problem) <= device.shared_memory
 
 
@@ -202,7 +224,7 @@ def _gemm_tiles(problem: Problem, device: Device) -> list[GemmConfig]:
         # Float32 is multiplied without tensor cores unless TF32 is allowed: small tiles, or registers run out.
         tiles = [(64, 64, 32, 4, 2), (32, 64, 32, 4, 2), (128, 64, 32, 8, 2), (32, 32, 32, 4, 2)]
         return [GemmConfig(*tile) for tile in tiles]
-    if device.capability[0] >= 9:
+    if device.capability[0] in COPY_ENGINE:
         tma = [
             GemmConfig(m, n, 64, warps, stages, tma=True, persistent=persistent, split_epilogue=n // 64)
             for m, n, warps, stages in (

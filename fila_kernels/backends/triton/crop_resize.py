@@ -9,9 +9,13 @@ The transpose reads three tables that `crop_tables_kernel` makes in one small la
     weights [T, 2, G]     float32  the weight of the cell after it
     ranges  [T, 2, h + w] int32    first and past-the-last sample that reads a cell along y, then along x
 
+Strides and channels reach the kernels in units of VECTOR elements, the largest power of two up to 16 bytes that divides
+them all: the compiler then makes accesses of that size, of 2 to 16 bytes.
+
 Taps never fall from one sample to the next, so counting those below a cell gives its range exactly.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,10 +33,11 @@ def crop_resize_fwd_kernel(
     p_features, p_boxes, p_index, p_out,
     num_tiles, images, height, width, channels, size,
     stride_b, stride_h, stride_w, stride_c, stride_out_t, stride_out_n,
-    CHANNELS_FIRST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One block of samples, whatever their tiles, times one block of channels; channels go fastest."""
     samples = size * size
+    channels = channels * VECTOR
     blocks_c = tl.cdiv(channels, BLOCK_C)
     i_c = tl.program_id(0) % blocks_c
     i_s = tl.program_id(0) // blocks_c
@@ -43,10 +48,10 @@ def crop_resize_fwd_kernel(
     sample = row % samples
     top, weight_y, left, weight_x = sample_taps(p_boxes, tile, sample, in_rows, size, height, width)
     image = clamped_image(p_index, tile, images, in_rows)
-    bottom = image * stride_b + upper_tap(top, weight_y).to(tl.int64) * stride_h
-    top = image * stride_b + top.to(tl.int64) * stride_h
-    right = upper_tap(left, weight_x).to(tl.int64) * stride_w
-    left = left.to(tl.int64) * stride_w
+    bottom = (image * stride_b + upper_tap(top, weight_y).to(tl.int64) * stride_h) * VECTOR
+    top = (image * stride_b + top.to(tl.int64) * stride_h) * VECTOR
+    right = upper_tap(left, weight_x).to(tl.int64) * stride_w * VECTOR
+    left = left.to(tl.int64) * stride_w * VECTOR
     p_map = p_features
     if CHANNELS_FIRST:
         # Lanes run along x, where neighbours are near in memory: the tile is [BLOCK_C, BLOCK_S].
@@ -62,7 +67,7 @@ def crop_resize_fwd_kernel(
     value = bilinear(p_map, top, bottom, left, right, weight_y, weight_x, inside)
     if CHANNELS_FIRST:
         value = tl.trans(value)
-    p_rows = p_out + tile.to(tl.int64) * stride_out_t + sample.to(tl.int64) * stride_out_n
+    p_rows = p_out + (tile.to(tl.int64) * stride_out_t + sample.to(tl.int64) * stride_out_n) * VECTOR
     written = in_rows[:, None] & (channel < channels)[None, :]
     tl.store(p_rows[:, None] + channel[None, :], value.to(p_out.dtype.element_ty), mask=written)
 
@@ -125,12 +130,14 @@ def tap_weight(p_taps, p_weights, sample, cell, mask):
 def crop_resize_bwd_kernel(
     p_grad, p_taps, p_weights, p_ranges, p_order, p_bounds, p_alpha, p_out,
     height, width, channels, size, stride_t, stride_y, stride_x, stride_c,
-    GATED: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
+    GATED: tl.constexpr, ACCUMULATE: tl.constexpr, VECTOR: tl.constexpr, BLOCK_CELLS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One block of cells of one map times one block of channels: cells that no sample reads get their zero here.
 
     ACCUMULATE adds to what is there, and neither reads nor writes cells that no sample reads.
     """
+    channels = channels * VECTOR
     blocks_c = tl.cdiv(channels, BLOCK_C)
     blocks_cells = tl.cdiv(height * width, BLOCK_CELLS)
     i_c = tl.program_id(0) % blocks_c
@@ -164,12 +171,13 @@ def crop_resize_bwd_kernel(
             sample_y = first_y + step_y
             reads_y = touched & (step_y < count_y)
             weight_y = tap_weight(p_axis, p_axis_weights, sample_y, y, reads_y)
-            p_row = p_grad + i_t * stride_t + sample_y.to(tl.int64) * stride_y
+            p_row = p_grad + (i_t * stride_t + sample_y.to(tl.int64) * stride_y) * VECTOR
             for step_x in range(most_x):
                 sample_x = first_x + step_x
                 reads = reads_y & (step_x < count_x)
                 weight = weight_y * tap_weight(p_axis + size, p_axis_weights + size, sample_x, x, reads)
-                p_samples = (p_row + sample_x.to(tl.int64) * stride_x)[:, None] + channel[None, :] * stride_c
+                p_sample = p_row + sample_x.to(tl.int64) * stride_x * VECTOR
+                p_samples = p_sample[:, None] + channel[None, :] * stride_c
                 wanted = reads[:, None] & in_channels[None, :]
                 total += weight[:, None] * tl.load(p_samples, mask=wanted, other=0.0).to(tl.float32)
     if GATED:
@@ -181,6 +189,11 @@ def crop_resize_bwd_kernel(
     if ACCUMULATE:
         total += tl.load(p_cells, mask=inside, other=0.0).to(tl.float32)
     tl.store(p_cells, total.to(p_out.dtype.element_ty), mask=inside)
+
+
+def vector_of(dtype: torch.dtype, channels: int, strides: tuple[int, ...], last: int) -> int:
+    """Elements of one access: as many as divide all of it, 16 bytes at the most; one where channels are not dense."""
+    return math.gcd(16 // dtype.itemsize, channels, *strides) if last == 1 else 1
 
 
 class Tables(NamedTuple):
@@ -202,13 +215,17 @@ def crop_resize_fwd(
     problem = Problem("crop_resize", tiles * samples, channels, 0, features.dtype)
     config = choose(problem, features.device, config)
     assert isinstance(config, GatherConfig)
-    channels_first = features.stride(3) != 1 and channels > 1
+    *strides, last = features.stride()
+    strides += [out.stride(0), out.stride(1)]
+    vector = vector_of(features.dtype, channels, tuple(strides), last)
     run(
         crop_resize_fwd_kernel,
         (blocks(tiles * samples, config.block_rows) * blocks(channels, config.block_columns),),
         features, boxes.contiguous(), image_index.contiguous(), out,
-        tiles, images, height, width, channels, size, *features.stride(), out.stride(0), out.stride(1),
-        CHANNELS_FIRST=channels_first, BLOCK_S=config.block_rows, BLOCK_C=config.block_columns,
+        tiles, images, height, width, channels // vector, size, *(stride // vector for stride in strides[:3]), last,
+        strides[3] // vector, strides[4] // vector,
+        CHANNELS_FIRST=last != 1 and channels > 1, VECTOR=vector,
+        BLOCK_S=config.block_rows, BLOCK_C=config.block_columns,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -243,13 +260,16 @@ def crop_resize_bwd(
     With `alpha`, a gate of zero makes the sum zero.
     """
     images, height, width, channels = out.shape
+    *strides, last = grad.stride()
+    vector = vector_of(grad.dtype, channels, tuple(strides), last)
     problem = Problem("crop_resize_backward", images * height * width, channels, 0, out.dtype)
     config = choose(problem, out.device, config)
     assert isinstance(config, GatherConfig)
     run(
         crop_resize_bwd_kernel,
         (images * blocks(height * width, config.block_rows) * blocks(channels, config.block_columns),),
-        grad, *tables, alpha, out, height, width, channels, size, *grad.stride(),
-        GATED=alpha is not None, ACCUMULATE=accumulate, BLOCK_CELLS=config.block_rows, BLOCK_C=config.block_columns,
+        grad, *tables, alpha, out, height, width, channels // vector, size, *(n // vector for n in strides), last,
+        GATED=alpha is not None, ACCUMULATE=accumulate, VECTOR=vector,
+        BLOCK_CELLS=config.block_rows, BLOCK_C=config.block_columns,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -1,10 +1,10 @@
 """The host side that all launchers share: the config of a launch, descriptors, and the launch itself."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -39,37 +39,50 @@ def choose(problem: Problem, device: torch.device, config: Config | None = None)
 
 def aligned(*tensors: Tensor) -> bool:
     """Whether the tensor copy engine can read all of them: base and strides on 16 bytes, the last stride 1."""
-    return all(
-        tensor.numel() > 0
-        and tensor.data_ptr() % 16 == 0
-        and tensor.stride(-1) == 1
-        and all(stride > 0 and stride * tensor.dtype.itemsize % 16 == 0 for stride in tensor.stride()[:-1])
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        *outer, inner = tensor.stride()
+        if inner != 1 or tensor.data_ptr() % 16 or not tensor.numel():
+            return False
+        size = tensor.element_size()
+        for stride in outer:
+            if stride <= 0 or stride * size % 16:
+                return False
+    return True
 
 
-def operand(tensor: Tensor, block: list[int], tma: bool) -> Any:
+@lru_cache(maxsize=1024)
+def _described(device: torch.device, dtype: torch.dtype, shape: tuple, stride: tuple, block: tuple) -> dict[str, Any]:
+    """The fields of a descriptor of any such tensor, checked once by its constructor."""
+    base = torch.empty(0, dtype=dtype, device=device)
+    return vars(TensorDescriptor(base, list(shape), list(stride), list(block)))
+
+
+def operand(tensor: Tensor, block: tuple[int, ...], tma: bool) -> Any:
     """What a kernel loads tiles from: a descriptor that reads zeros outside the tensor, or the pointer."""
     if not tma:
         return tensor
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(_described(tensor.device, tensor.dtype, tensor.shape, tensor.stride(), block))
+    descriptor.base = tensor
+    return descriptor
 
 
 def tail(tensor: Tensor | None, config: GemmConfig) -> Any:
     """The descriptor for a tile's second block of rows, where the config has one."""
     if tensor is None or not config.tail_m:
         return None
-    return operand(tensor, [config.tail_m, config.block_k], True)
+    return operand(tensor, (config.tail_m, config.block_k), True)
 
 
 def precision(dtype: torch.dtype) -> str:
     """float32 products are exact to float32 unless PyTorch's own are allowed not to be."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
 
 
 class Product(NamedTuple):
-    """How a product is launched: its config, programs, and what its kernel is specialised on."""
+    """How a product is launched: its config, programs, and what its kernel is specialised on. Shared by all calls."""
 
     config: GemmConfig
     grid: tuple[int, ...]
@@ -80,13 +93,18 @@ def product(problem: Problem, device: torch.device, config: Config | None = None
     """One program for each tile, or, with a persistent config, as many as run at a time."""
     config = choose(problem, device, config)
     assert isinstance(config, GemmConfig)
+    return _product(problem, configs.device_of(device), config, precision(problem.dtype))
+
+
+@lru_cache(maxsize=1024)
+def _product(problem: Problem, limits: configs.Device, config: GemmConfig, precision: str) -> Product:
     tiles = config.tiles(problem)
     if config.persistent and problem.kernel != "weight_gradient":
-        limits = configs.device_of(device)
         tiles = min(tiles, limits.num_sms * configs.resident(config, problem, limits))
     constants = {
-        "TMA": config.tma, "SPECIALIZE": config.warp_specialize, "PRECISION": precision(problem.dtype),
-        "SPLIT": config.split_epilogue, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "TMA": config.tma, "SPECIALIZE": config.warp_specialize, "PRECISION": precision,
+        "SPLIT": config.split_epilogue,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     if problem.kernel in configs.TAILED:
@@ -114,4 +132,4 @@ def flat_rows(tokens: Tensor) -> Tensor | None:
 
 
 def blocks(count: int, size: int) -> int:
-    return triton.cdiv(count, size)
+    return -(-count // size)

@@ -33,18 +33,18 @@ def fc1(
     rows = shape.tiles * length
     weight = dense_rows(call.fc1_weight)
     weight_x, weight_s = weight[:, : shape.token_width], weight[:, shape.token_width :]
+    s = None if s is None else s.view(rows, shape.feature_width)
     flat = flat_rows(tokens)
     fits = flat is not None and aligned(flat, weight_x, *([] if s is None else [s, weight_s]))
     kind, depth = ("fc1", weight.shape[1]) if s is not None else ("fc1_projected", shape.token_width)
     how = product(Problem(kind, rows, shape.hidden_width, depth, tokens.dtype, fits), tokens.device, config)
     tma, block_k = how.config.tma, how.config.block_k
-    block_a, block_b = [how.config.block_m, block_k], [how.config.block_n, block_k]
+    block_a, block_b = (how.config.block_m, block_k), (how.config.block_n, block_k)
     taps, weights = tables or (None, None)
     run(
         forward.fc1_fwd_kernel, how.grid,
         operand(flat, block_a, tma) if tma and flat is not None else tokens, tail(flat, how.config),
-        None if s is None else operand(s.view(rows, -1), block_a, tma),
-        None if s is None else tail(s.view(rows, -1), how.config),
+        None if s is None else operand(s, block_a, tma), tail(s, how.config),
         operand(weight_x, block_b, tma), None if s is None else operand(weight_s, block_b, tma),
         call.fc1_bias.contiguous(), hidden, activated, projected, taps, weights, call.image_index.contiguous(),
         rows, length, shape.prefix, shape.grid, shape.images, shape.height, shape.width,
@@ -68,8 +68,8 @@ def fc2(
     how = product(problem, tokens.device, config)
     run(
         forward.fc2_fwd_kernel, how.grid,
-        operand(a, [how.config.block_m, how.config.block_k], how.config.tma), tail(a, how.config),
-        operand(weight, [how.config.block_n, how.config.block_k], how.config.tma),
+        operand(a, (how.config.block_m, how.config.block_k), how.config.tma), tail(a, how.config),
+        operand(weight, (how.config.block_n, how.config.block_k), how.config.tma),
         call.fc2_bias.contiguous(), call.alpha, tokens, out, branch,
         rows, length, shape.prefix, shape.hidden_width, shape.token_width,
         tokens.stride(0), tokens.stride(1), weight.stride(0),
@@ -161,8 +161,8 @@ def hidden_gradient(
     alpha_sums = _sums(a, blocks_m * blocks(shape.hidden_width, how.config.block_n)) if sum_alpha else None
     run(
         backward.hidden_grad_kernel, how.grid,
-        operand(a, [how.config.block_m, how.config.block_k], how.config.tma),
-        operand(weight, [how.config.block_k, how.config.block_n], how.config.tma),
+        operand(a, (how.config.block_m, how.config.block_k), how.config.tma),
+        operand(weight, (how.config.block_k, how.config.block_n), how.config.tma),
         call.alpha, hidden, hidden_grad, activated, bias_sums, alpha_sums,
         rows, length, shape.prefix, shape.token_width, shape.hidden_width, weight.stride(0),
         PRODUCT=call.gate == "product", WRITE=hidden_grad is not None, WRITE_ACTIVATED=activated is not None,
@@ -193,8 +193,8 @@ def input_gradient(
     tiles = blocks(a.shape[0], how.config.block_m) * tiles_n
     run(
         backward.input_grad_kernel, (min(how.grid[0], tiles) if how.config.persistent else tiles,),
-        operand(a, [how.config.block_m, how.config.block_k], how.config.tma),
-        operand(weight, [how.config.block_k, how.config.block_n], how.config.tma),
+        operand(a, (how.config.block_m, how.config.block_k), how.config.tma),
+        operand(weight, (how.config.block_k, how.config.block_n), how.config.tma),
         call.alpha, grad, tokens_grad, sampled_grad,
         a.shape[0], shape.prefix + shape.patches, shape.prefix, shape.token_width, shape.feature_width,
         shape.hidden_width, grad.stride(0), grad.stride(1), weight.stride(0),
@@ -217,8 +217,8 @@ def weight_gradient(
     target = out if splits == 1 else _sums(a, splits, rows, columns)
     run(
         backward.weight_grad_kernel, (*how.grid, splits),
-        operand(a, [1, block_k, how.config.block_m], how.config.tma),
-        operand(b, [1, block_k, how.config.block_n], how.config.tma),
+        operand(a, (1, block_k, how.config.block_m), how.config.tma),
+        operand(b, (1, block_k, how.config.block_n), how.config.tma),
         call.alpha, target, tiles, patches, rows, columns, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
         target.stride(-2), splits, FACTOR=factor if splits == 1 else None, **how.constants,
     )  # fmt: skip
