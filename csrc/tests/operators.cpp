@@ -81,12 +81,12 @@ struct Sums {
     ++terms[place];
   }
 
-  // Each term is made by up to four roundings and added by one; the result is rounded once more.
+  // Each term is made by up to four roundings and added by one; the result is rounded once more, to the nearest.
   template <typename Scalar>
   void expect(const char* what, const Scalar* got) const {
     for (size_t i = 0; i < value.size(); ++i) {
-      const double allowed =
-          static_cast<double>(terms[i] + 5) * kSumEpsilon<Scalar> * size[i] + kEpsilon<Scalar> * std::fabs(value[i]);
+      const double allowed = static_cast<double>(terms[i] + 5) * kSumEpsilon<Scalar> * size[i] +
+                             kEpsilon<Scalar> / 2 * std::fabs(value[i]);
       EXPECT(std::fabs(number(got[i]) - value[i]) <= allowed, what, " at ", i, ": got ", number(got[i]), ", exact ",
              value[i], ", allowed ", allowed);
     }
