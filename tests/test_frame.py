@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -107,13 +108,39 @@ def test_ci_runs_what_the_readme_tells_a_newcomer():
 
 @pytest.fixture(scope="module")
 def source_copy(tmp_path_factory) -> Path:
-    """The files of a source distribution, away from the checkout and its builds."""
-    copy = tmp_path_factory.mktemp("source") / "fila"
-    for folder in ("fila", "fila_kernels", "csrc"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "lib"))
-    for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy2(ROOT / name, copy / name)
-    return copy
+    """A source distribution, made as `python -m build --sdist` makes it and unpacked; it holds no build."""
+    folder = tmp_path_factory.mktemp("source")
+    checkout = folder / "checkout"
+    for name in ("fila", "fila_kernels", "csrc", "examples"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "lib", "out"))
+    for path in (
+        path for path in ROOT.iterdir() if path.is_file() and path.suffix in ("", ".toml", ".py", ".txt", ".md", ".in")
+    ):
+        shutil.copy2(path, checkout / path.name)
+    (checkout / "fila_kernels" / "lib").mkdir()
+    (checkout / "fila_kernels" / "lib" / "libfila_kernels.so").write_text("of another machine")
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=checkout, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return unpacked
+
+
+def files_of(root: Path, folder: str) -> set[str]:
+    found = (path.relative_to(root) for path in (root / folder).rglob("*") if path.is_file())
+    return {str(path) for path in found if not {"__pycache__", "lib"} & set(path.parts)}
+
+
+def test_source_distribution_holds_all_that_a_build_needs(source_copy):
+    for folder in ("fila", "fila_kernels", "csrc", "examples/cpp"):
+        missing = files_of(ROOT, folder) - files_of(source_copy, folder)
+        assert not missing, f"missing in the source distribution: {sorted(missing)}"
+    assert not (source_copy / "fila_kernels" / "lib").exists()
 
 
 def build_wheel(source: Path, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -147,12 +174,7 @@ def test_wheel_with_a_compiler_holds_library_and_data(source_copy, tmp_path):
     assert "-py3-none-linux_" in Path(wheel.filename).name
     assert "fila_kernels/lib/libfila_kernels.so" in names
     assert str(source_copy).encode() not in wheel.read("fila_kernels/lib/libfila_kernels.so")
-    data = {
-        str(path.relative_to(source_copy))
-        for package in ("fila", "fila_kernels")
-        for path in (source_copy / package).rglob("*")
-        if path.is_file()
-    }
+    data = files_of(ROOT, "fila") | files_of(ROOT, "fila_kernels")
     assert not data - names, f"missing in the wheel: {sorted(data - names)}"
     assert not [name for name in names if name.startswith(("tests/", "bench/", "tools/"))]
 
