@@ -62,19 +62,23 @@ void check_device(const char* op, const char* name, const Tensor& tensor, const 
   require(expected == got, op, "expected ", name, " on ", expected, ", got ", got);
 }
 
-void check_map(const char* op, const char* name, const Tensor& map, const char* shape, Device device) {
-  require(map.dim() == 4, op, "expected ", name, " of shape ", shape, ", got ", map);
-  const ScalarType dtype = map.scalar_type();
+void check_kind(const char* op, const char* name, const Tensor& tensor, Device device) {
+  const ScalarType dtype = tensor.scalar_type();
   const bool common = dtype == ScalarType::Float || dtype == ScalarType::BFloat16;
   if (device == Device::kCpu) {
-    require_cpu(op, name, map);
+    require_cpu(op, name, tensor);
     require(common || dtype == ScalarType::Double, op, "expected ", name,
             " of dtype float32, bfloat16 or float64, got ", toString(dtype));
   } else {
-    require(map.is_cuda(), op, "expected ", name, " on a CUDA device, got ", device_of(map));
+    require(tensor.is_cuda(), op, "expected ", name, " on a CUDA device, got ", device_of(tensor));
     require(common || dtype == ScalarType::Half, op, "expected ", name, " of dtype float32, bfloat16 or float16, got ",
             toString(dtype));
   }
+}
+
+void check_map(const char* op, const char* name, const Tensor& map, const char* shape, Device device) {
+  require(map.dim() == 4, op, "expected ", name, " of shape ", shape, ", got ", map);
+  check_kind(op, name, map, device);
   require(map.size(3) <= 1 || map.stride(3) == 1, op, "expected ", name, " with unit stride over channels, got ",
           map.stride(3), " (a channels-last copy: ", name, ".contiguous())");
 }
@@ -112,6 +116,34 @@ Geometry check_backward(const char* op, const Tensor& grad, const Tensor& boxes,
   check_boxes(op, boxes, image_index, geometry, grad);
   checked_product(op, "a gradient", {images, height, width, grad.size(3)});
   return geometry;
+}
+
+namespace {
+
+void check_rows(const char* op, const char* name, const Tensor& tensor, const Tensor& grad) {
+  require(tensor.dim() == 2 && tensor.size(0) == grad.size(0) && tensor.size(1) == grad.size(1), op, "expected ", name,
+          " of shape ", grad, " (as grad), got ", tensor);
+  check_device(op, name, tensor, grad);
+  require(tensor.scalar_type() == grad.scalar_type(), op, "expected ", name, " of dtype ", toString(grad.scalar_type()),
+          " (as grad), got ", toString(tensor.scalar_type()));
+  require(tensor.size(1) <= 1 || tensor.stride(1) == 1, op, "expected ", name, " with a last stride of 1, got ",
+          tensor.stride(1));
+}
+
+}  // namespace
+
+void check_gate(const char* op, const Tensor& grad, const Tensor& branch, const Tensor& alpha, const Tensor& out,
+                Device device) {
+  require(grad.dim() == 2, op, "expected grad of shape [rows, D], got ", grad);
+  check_kind(op, "grad", grad, device);
+  check_rows(op, "grad", grad, grad);
+  check_rows(op, "branch", branch, grad);
+  check_rows(op, "out", out, grad);
+  require(out.is_contiguous(), op, "expected a contiguous out");
+  require(alpha.dim() == 1 && alpha.size(0) == 1, op, "expected alpha of shape [1], got ", alpha);
+  check_device(op, "alpha", alpha, grad);
+  require(alpha.scalar_type() == grad.scalar_type(), op, "expected alpha of dtype ", toString(grad.scalar_type()),
+          " (as grad), got ", toString(alpha.scalar_type()));
 }
 
 ForwardSizes check_forward(const char* op, const ForwardArguments& a, Device device,

@@ -38,6 +38,10 @@ Geometry check_backward(const char* op, const torch::stable::Tensor& grad, const
                         const torch::stable::Tensor& image_index, int64_t images, int64_t height, int64_t width,
                         Device device);
 
+// What `gate_backward` is told, on either device: rows alike in shape, dtype and device.
+void check_gate(const char* op, const torch::stable::Tensor& grad, const torch::stable::Tensor& branch,
+                const torch::stable::Tensor& alpha, const torch::stable::Tensor& out, Device device);
+
 // What the fused forward pass is called with.
 struct ForwardArguments {
   torch::stable::Tensor tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha;

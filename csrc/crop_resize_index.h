@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "pack.h"
 #include "sampling.h"
 
 namespace fila {
@@ -57,33 +58,6 @@ struct SampleGradients {
   int64_t stride_tile, stride_line, stride_sample;
   int64_t size, channels;
 };
-
-// How a stored type becomes float32 and is made of it.
-template <typename Scalar>
-struct Number;
-template <>
-struct Number<float> {
-  static FILA_HOST_DEVICE float widen(float value) { return value; }
-  static FILA_HOST_DEVICE float narrow(float value) { return value; }
-};
-
-// Neighbouring channels that are read and written at once.
-template <typename Scalar, int kWidth>
-struct alignas(sizeof(Scalar) * kWidth) Pack {
-  Scalar element[kWidth];
-};
-
-// Writes a pack, on a GPU in one access of 16 bytes: copies of the structure are at times split into four.
-template <typename Scalar, int kWidth>
-FILA_HOST_DEVICE void store_pack(const Pack<Scalar, kWidth>& pack, Scalar* out) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(pack) == sizeof(uint4)) {
-    __stwb(reinterpret_cast<uint4*>(out), *reinterpret_cast<const uint4*>(&pack));
-    return;
-  }
-#endif
-  *reinterpret_cast<Pack<Scalar, kWidth>*>(out) = pack;
-}
 
 constexpr int kColumns = 8;
 constexpr int kMostThreads = 256;

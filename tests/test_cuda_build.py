@@ -165,7 +165,7 @@ def test_demanding_kernels_of_a_library_that_is_not_built_is_an_error(tmp_path):
 def library(tmp_path_factory) -> Path:
     """The library with the quick units of CUDA, for all architectures."""
     folder = tmp_path_factory.mktemp("cuda")
-    cuda_units.configure(folder, units="crop_resize|launch")
+    cuda_units.configure(folder, units="crop_resize|gate_backward|launch")
     cmake = cuda_units.setup_module().find_tool("cmake")
     done = subprocess.run([cmake, "--build", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

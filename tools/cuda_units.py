@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,7 @@ STORES = ("STG", "UTMASTG", "UTMAREDG")
 VECTOR = ("LDG.E.128", "STG.E.128")
 INTENDED = {
     "crop_resize": VECTOR,
+    "gate_backward": VECTOR,
     "_sm80": ("HMMA", "LDGSTS"),
     "_sm90a": ("HGMMA", "UTMALDG"),
     "_sm100a": ("UTCHMMA", "UTMALDG"),
@@ -265,6 +267,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-k", default="", help="only units whose name holds this; nothing is recorded")
     parser.add_argument("--arch", default=";".join(ARCHITECTURES), help="architectures; the default is recorded")
+    parser.add_argument("--jobs", type=int, default=2, help="units compiled at a time")
     parser.add_argument("--table", action="store_true", help="write the table from the record, compile nothing")
     options = parser.parse_args()
     if options.table:
@@ -274,18 +277,22 @@ def main() -> int:
     if missing:
         print(f"tools/cuda_units.py: {missing}", file=sys.stderr)
         return 2
-    units: list[Unit] = []
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
         commands = compile_commands(Path(temporary), tuple(options.arch.split(";")))
-        for name in sorted(name for name in commands if options.k in name):
-            for architecture, command in split_architectures(commands[name]).items():
-                unit = compile_unit(name, architecture, command, Path(temporary))
-                units.append(unit)
-                print(
-                    f"{unit.unit} {unit.architecture}: {unit.registers} registers, {unit.spill_bytes} bytes spilled, "
-                    f"{unit.instructions}; {unit.seconds} s, {unit.megabytes} MB",
-                    flush=True,
-                )
+        pending = [
+            pool.submit(compile_unit, name, architecture, command, Path(temporary))
+            for name in sorted(name for name in commands if options.k in name)
+            for architecture, command in split_architectures(commands[name]).items()
+        ]
+        units = []
+        for future in pending:
+            unit = future.result()
+            units.append(unit)
+            print(
+                f"{unit.unit} {unit.architecture}: {unit.registers} registers, {unit.spill_bytes} bytes spilled, "
+                f"{unit.instructions}; {unit.seconds} s, {unit.megabytes} MB",
+                flush=True,
+            )
     wrong = [fault for unit in units for fault in faults(unit)]
     if not options.k and sum(unit.seconds for unit in units) / 2 > MOST_SECONDS:
         wrong.append(f"the whole build takes more than {MOST_SECONDS} s on two cores")

@@ -9,7 +9,7 @@
 #include <limits>
 #include <vector>
 
-#include "../check.h"
+#include "../arguments.h"
 #include "gate.h"
 #include "vector.h"
 
@@ -89,32 +89,11 @@ double run(const Tensor& grad, const Tensor& branch, const Tensor& alpha, const 
   return total;
 }
 
-void check_rows(const char* name, const Tensor& tensor, const Tensor& grad) {
-  require(tensor.dim() == 2 && tensor.size(0) == grad.size(0) && tensor.size(1) == grad.size(1), kOp, "expected ", name,
-          " of shape ", grad, " (as grad), got ", tensor);
-  require_cpu(kOp, name, tensor);
-  require(tensor.scalar_type() == grad.scalar_type(), kOp, "expected ", name, " of dtype ",
-          toString(grad.scalar_type()), " (as grad), got ", toString(tensor.scalar_type()));
-  require(tensor.size(1) <= 1 || tensor.stride(1) == 1, kOp, "expected ", name, " with a last stride of 1, got ",
-          tensor.stride(1));
-}
-
 Tensor gate_backward(Tensor grad, Tensor branch, Tensor alpha, Tensor out) {
-  require(grad.dim() == 2, kOp, "expected grad of shape [rows, D], got ", grad);
-  const ScalarType dtype = grad.scalar_type();
-  require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Double, kOp,
-          "expected grad of dtype float32, bfloat16 or float64, got ", toString(dtype));
-  check_rows("grad", grad, grad);
-  check_rows("branch", branch, grad);
-  check_rows("out", out, grad);
-  require(out.is_contiguous(), kOp, "expected a contiguous out");
-  require(alpha.dim() == 1 && alpha.size(0) == 1, kOp, "expected alpha of shape [1], got ", alpha);
-  require_cpu(kOp, "alpha", alpha);
-  require(alpha.scalar_type() == dtype, kOp, "expected alpha of dtype ", toString(dtype), " (as grad), got ",
-          toString(alpha.scalar_type()));
+  check_gate(kOp, grad, branch, alpha, out, Device::kCpu);
   const Tensor total = torch::stable::new_empty(alpha, {1}, ScalarType::Double);
   double* sum = static_cast<double*>(total.mutable_data_ptr());
-  switch (dtype) {
+  switch (grad.scalar_type()) {
     case ScalarType::Float:
       *sum = run<float>(grad, branch, alpha, out);
       break;

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "../crop_resize_index.h"
+#include "../pack.h"
 
 namespace fila {
 

@@ -43,11 +43,15 @@ class Call(NamedTuple):
     shape: Shape
     gate: str
     plan: Plan
-    sampler: Sampler | None = None  # another backend's, in place of this file's
+    sampler: Sampler | None = None  # another backend's, of compiled operators, in place of this file's
 
     @property
     def sampling(self) -> Sampler:
         return self.sampler or Sampler(crop_resize, crop_resize_backward)
+
+    def compiled(self, tensor: Tensor) -> bool:
+        """Whether the native library's operators take a tensor of this call."""
+        return self.sampler is not None or native.serves(tensor.dtype, tensor.device)[0]
 
     @property
     def on_cpu(self) -> bool:
@@ -187,8 +191,7 @@ class FirstLayer:
             self.maps = projection.view(shape.images, shape.height, shape.width, shape.hidden_width)
         else:
             self.joint = call.scratch(shape.token_width + shape.feature_width)
-        in_pieces = call.sampler is not None or native.serves(self.maps.dtype, self.maps.device)[0]
-        self.gather = None if in_pieces else _Gather(self.maps, call)
+        self.gather = None if call.compiled(self.maps) else _Gather(self.maps, call)
 
     def _sampled(self, first: int, last: int) -> Tensor:
         """S [rows, C], or the interpolated projection [rows, H]."""

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fila_kernels import native
 from fila_kernels.backends.eager import (
     Call,
     FirstLayer,
@@ -150,7 +149,7 @@ def _second_layer(
         if m is None:
             assert activated is not None
             m = torch.addmm(call.fc2_bias, activated[rows], call.fc2_weight.t(), out=scratch[: rows.stop - rows.start])
-        if native.serves(m.dtype, m.device)[0]:
+        if call.compiled(m):
             part = torch.ops.fila.gate_backward(dense_channels(patch_grad), m, call.alpha, branch_grad[rows])
             total = part if total is None else total + part
             continue

@@ -60,6 +60,27 @@ def test_any_layout_gives_the_same_bits(dtype):
     assert torch.equal(again, back)
 
 
+@pytest.mark.parametrize("width", [1, 13, 64, 1024])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gates_derivative(dtype, width):
+    generator = torch.Generator().manual_seed(3)
+    grad, branch = (torch.randn(3000, width, generator=generator).to(dtype) for _ in range(2))
+    alpha = torch.tensor([0.7], dtype=dtype)
+
+    def derivative(kind):
+        leaves = branch.to(kind).requires_grad_(), alpha.to(kind).requires_grad_()
+        return torch.autograd.grad((leaves[0] * leaves[1]).tanh(), leaves, grad.to(kind))
+
+    out = torch.full_like(branch, float("nan"), device="cuda")
+    total = torch.ops.fila.gate_backward(grad.cuda(), branch.cuda(), alpha.cuda(), out)
+    exact, eager = derivative(torch.float64), derivative(dtype)
+    assert_close("out", out.cpu(), exact[0], eager[0])
+    terms = (1 - torch.tanh(alpha.double() * branch.double()) ** 2) * grad.double() * branch.double()
+    assert abs(total.item() - exact[1].item()) <= 8 * torch.finfo(torch.float32).eps * terms.norm()
+    again = torch.ops.fila.gate_backward(grad.cuda(), branch.cuda(), alpha.cuda(), out)
+    assert torch.equal(again, total)
+
+
 def test_the_callers_stream_and_graphs_are_used():
     features, boxes, image_index, size = (t.cuda() if torch.is_tensor(t) else t for t in example(torch.float32, 8))
     want = torch.ops.fila.crop_resize(features, boxes, image_index, size)

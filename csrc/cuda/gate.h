@@ -1,0 +1,16 @@
+// The product gate's way back on a GPU: what launches its kernels. Scalar is float, __nv_bfloat16 or __half.
+
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../gate_index.h"
+
+namespace fila {
+
+// Writes every element of `rows.out`, and the sum to `total`. `parts` has room for kGateBlocks sums.
+template <typename Scalar>
+void launch_gate_backward(const GateRows<Scalar>& rows, const Scalar* alpha, double* parts, double* total,
+                          cudaStream_t stream);
+
+}  // namespace fila

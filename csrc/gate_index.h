@@ -1,0 +1,73 @@
+// Which thread of a GPU computes what in the product gate's way back, and how; for host and device.
+//
+//     out = alpha (1 - tanh^2(alpha m)) grad,    total = sum (1 - tanh^2(alpha m)) grad m
+//
+// A block takes every so many rows, its threads share out a row's packs. Sums are those of one thread, of the block's
+// threads, and of the blocks, each in a fixed order: equal to the last bit each time.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "pack.h"
+
+namespace fila {
+
+constexpr int kGateThreads = 128;
+constexpr int64_t kGateBlocks = 2048;  // at most; enough for every multiprocessor to have all the threads it holds
+
+template <typename Scalar>
+struct GateRows {
+  const Scalar* grad;
+  const Scalar* branch;
+  Scalar* out;  // dense
+  int64_t grad_stride, branch_stride, rows, width;
+
+  int64_t blocks() const {
+    const int64_t most = width == 0 ? 0 : rows;
+    return most < kGateBlocks ? most : kGateBlocks;
+  }
+};
+
+// 1 - tanh^2(u), also where tanh is so near 1 that the difference would vanish.
+FILA_HOST_DEVICE float tanh_slope(float u) {
+  const float e = expf(-2.0f * fabsf(u));
+  const float sum = 1.0f + e;
+  return 4.0f * e / (sum * sum);
+}
+
+// What an entry of M adds to alpha's gradient: an infinite one has saturated the gate, and one that is not finite is
+// nothing to a closed gate.
+FILA_HOST_DEVICE float alpha_term(float slope, float m, float alpha) {
+  const bool quiet = std::isinf(m) || (std::isnan(m) && alpha == 0.0f);
+  return quiet ? 0.0f : slope * m;
+}
+
+// Thread `thread` of `threads` writes its share of the rows of block `block` of `blocks`, and returns its sum.
+template <typename Scalar, int kWidth>
+FILA_HOST_DEVICE double gate_share(const GateRows<Scalar>& rows, float alpha, int64_t block, int64_t blocks, int thread,
+                                   int threads) {
+  using Vector = Pack<Scalar, kWidth>;
+  using N = Number<Scalar>;
+  double total = 0;
+  for (int64_t row = block; row < rows.rows; row += blocks) {
+    for (int64_t channel = int64_t(thread) * kWidth; channel < rows.width; channel += int64_t(threads) * kWidth) {
+      const Vector grad = *reinterpret_cast<const Vector*>(rows.grad + row * rows.grad_stride + channel);
+      const Vector branch = *reinterpret_cast<const Vector*>(rows.branch + row * rows.branch_stride + channel);
+      Vector result;
+      float sum = 0;
+      for (int k = 0; k < kWidth; ++k) {
+        const float m = N::widen(branch.element[k]);
+        const float slope = tanh_slope(alpha * m) * N::widen(grad.element[k]);
+        result.element[k] = N::narrow(alpha * slope);
+        sum += alpha_term(slope, m, alpha);
+      }
+      store_pack(result, rows.out + row * rows.width + channel);
+      total += sum;
+    }
+  }
+  return total;
+}
+
+}  // namespace fila
