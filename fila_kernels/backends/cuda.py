@@ -51,7 +51,7 @@ def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: 
 
     In place, what the operator returns is copied over the tokens.
     """
-    if not _has_products(call):
+    if not _has_products(call) and call.plan.forward != "single_pass":  # which the operator takes or refuses
         return eager.forward(call._replace(sampler=SAMPLER), hidden, branch, in_place)
     out = torch.ops.fila.cvfm_forward(
         call.tokens, dense_channels(call.features), *call[2:9], call.shape.prefix, call.gate, call.plan.forward,

@@ -66,6 +66,13 @@ def test_low_precision_goes_through_one_operator_where_widths_fill_16_bytes(widt
     assert bool(composed) == any(width % 8 for width in widths)
 
 
+def test_single_pass_is_never_another_plan(monkeypatch):
+    """Widths that it does not take are refused by the operator; on the CPU it refuses the plan itself."""
+    monkeypatch.setattr(dispatch, "_single_pass_obstacle", lambda *arguments: "")
+    with pytest.raises(ValueError, match="got 'single_pass'"):
+        cvfm(**Case("odd", feature_width=7).inputs(torch.bfloat16), backend="cuda", plan="single_pass")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_place(dtype):
     from fila_kernels import cvfm_
