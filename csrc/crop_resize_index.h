@@ -109,7 +109,7 @@ template <typename Scalar, int kWidth>
 FILA_HOST_DEVICE Pack<Scalar, kWidth> sample_pack(const Scalar* image, const PlacedTap& y, const PlacedTap& x) {
   using Vector = Pack<Scalar, kWidth>;
   using N = Number<Scalar>;
-  const auto read = [image](int64_t offset) { return *reinterpret_cast<const Vector*>(image + offset); };
+  const auto read = [image](int64_t offset) { return load_pack<Scalar, kWidth>(image + offset); };
   const bool two_columns = !(x.upper == 0.0f), two_rows = !(y.upper == 0.0f);
   const Vector a = read(y.first + x.first);
   Vector b = a, c = a, d = a;

@@ -1,6 +1,6 @@
 // The operators fila::cvfm_forward and fila::cvfm on CUDA tensors: the crop-resize pre-pass and two products, or the
-// projection and then the same; see gemm.h and crop_resize.h for the kernels. Nothing is looked at that would wait for
-// the device.
+// projection and then the same, or one kernel; see gemm.h, crop_resize.h and single_pass.h for the kernels. Nothing is
+// looked at that would wait for the device.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -19,6 +19,8 @@
 #include "crop_resize.h"
 #include "gemm.h"
 #include "launch.h"
+#include "single_pass.h"
+#include "single_pass_index.h"
 #include "tensors.h"
 
 namespace fila {
@@ -76,6 +78,37 @@ void sample(const Tensor& map, const ForwardArguments& a, const ForwardSizes& s,
   Scalar* first = static_cast<Scalar*>(rows.mutable_data_ptr()) + s.prefix * columns;
   launch_crop_resize<Scalar>(view_maps<Scalar>(map), view_boxes(a.boxes, a.image_index), s.grid,
                              {first, (s.prefix + s.patches) * columns, columns}, stream);
+}
+
+// Neither S nor the hidden activation in device memory.
+void run_in_one(const ForwardArguments& a, const ForwardSizes& s, const Tensor& out, Element element) {
+  require(s.width == kSinglePassWidth && s.hidden == kSinglePassWidth, kOp, "expected D and H of ", kSinglePassWidth,
+          " for plan 'single_pass', got ", s.width, " and ", s.hidden);
+  const int32_t device = a.tokens.get_device_index();
+  const Tensor tokens = flat(a.tokens), fc1_weight = dense(a.fc1_weight), fc2_weight = dense(a.fc2_weight);
+  const Tensor fc1_bias = dense(a.fc1_bias), fc2_bias = dense(a.fc2_bias);
+  const bool by_vectors = is_aligned(a.features) && a.features.stride(0) % kAlignment == 0 &&
+                          a.features.stride(1) % kAlignment == 0 && a.features.stride(2) % kAlignment == 0;
+  const Tensor features = by_vectors ? a.features : dense(a.features);
+
+  SinglePass call{};
+  call.element = element;
+  call.rows = make_rows(static_cast<int32_t>(s.prefix), static_cast<int32_t>(s.patches));
+  call.num_rows = s.geometry.tiles * (s.prefix + s.patches);
+  call.size = s.grid;
+  call.tokens = view_rows(tokens);
+  call.maps = view_maps<uint16_t>(features);
+  call.boxes = view_boxes(a.boxes, a.image_index);
+  call.fc1_weight = view_rows(fc1_weight);
+  call.fc2_weight = view_rows(fc2_weight);
+  call.fc1_bias = fc1_bias.const_data_ptr();
+  call.fc2_bias = fc2_bias.const_data_ptr();
+  call.alpha = a.alpha.const_data_ptr();
+  call.product = a.gate == "product";
+  call.out = out.mutable_data_ptr();
+  call.hidden = data_or_null(a.hidden);
+  call.branch = data_or_null(a.branch);
+  run_single_pass(call, device, current_stream(device));
 }
 
 template <typename Scalar>
@@ -137,7 +170,7 @@ void run(const ForwardArguments& a, const ForwardSizes& s, const Tensor& out, El
 }
 
 Tensor forward(const ForwardArguments& a) {
-  const ForwardSizes s = check_forward(kOp, a, Device::kCuda, {"sample_first", "project_first"});
+  const ForwardSizes s = check_forward(kOp, a, Device::kCuda, {"sample_first", "project_first", "single_pass"});
   const ScalarType dtype = a.tokens.scalar_type();
   require(dtype != ScalarType::Float, kOp,
           "expected tokens of dtype bfloat16 or float16, got float32, whose products on a GPU are torch's: "
@@ -158,7 +191,9 @@ Tensor forward(const ForwardArguments& a) {
   if (a.tokens.numel() == 0) {
     return out;
   }
-  if (dtype == ScalarType::BFloat16) {
+  if (a.plan == "single_pass") {
+    run_in_one(a, s, out, dtype == ScalarType::BFloat16 ? Element::kBFloat16 : Element::kFloat16);
+  } else if (dtype == ScalarType::BFloat16) {
     run<__nv_bfloat16>(a, s, out, Element::kBFloat16);
   } else {
     run<__half>(a, s, out, Element::kFloat16);

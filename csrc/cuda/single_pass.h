@@ -1,0 +1,37 @@
+// The whole forward pass in one kernel, for D = H = 1024 on compute capability 9.0: neither S nor the hidden activation
+// is ever in device memory. See gemm.h for the letters and for what is asked of sizes and addresses.
+
+#pragma once
+
+#include <cstdint>
+
+#include "../crop_resize_index.h"
+#include "gemm.h"
+
+namespace fila {
+
+// Elements of the map are of 16 bits; strides are multiples of kAlignment.
+struct SinglePass {
+  Element element;
+  Rows rows;
+  int64_t num_rows, size;
+  Matrix tokens;  // X [R, D]
+  FeatureMaps<uint16_t> maps;
+  TileBoxes boxes;
+  Matrix fc1_weight, fc2_weight;
+  const void *fc1_bias, *fc2_bias, *alpha;
+  bool product;
+  void* out;     // [R, D], dense
+  void* hidden;  // Z [T * N, H], dense; or null
+  void* branch;  // M [T * N, D], dense; or null
+};
+
+// Enqueues on `device`, which is the current one; an exception where it is not of compute capability 9.0, or the
+// library has no kernel for it.
+void run_single_pass(const SinglePass& call, int32_t device, CUstream_st* stream);
+
+// The kernel, one unit for each element. It returns null, or why the launch failed.
+template <Element kElement>
+const char* launch_single_pass(const SinglePass& call, CUstream_st* stream);
+
+}  // namespace fila
