@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace fila {
@@ -94,6 +95,7 @@ void check_boxes(const char* op, const Tensor& boxes, const Tensor& image_index,
           toString(boxes.scalar_type()));
   require(image_index.scalar_type() == ScalarType::Int || image_index.scalar_type() == ScalarType::Long, op,
           "expected image_index of dtype int32 or int64, got ", toString(image_index.scalar_type()));
+  require(boxes.size(0) <= kMaxSide, op, "expected at most ", kMaxSide, " boxes, got ", boxes.size(0));
   // Beyond 2^24 samples a side the positions of neighbours coincide, and products of sizes near their limits.
   require(geometry.size >= 1 && geometry.size <= kMaxSide, op, "expected size between 1 and ", kMaxSide, ", got ",
           geometry.size);
@@ -144,7 +146,33 @@ void check_gate(const char* op, const Tensor& grad, const Tensor& branch, const 
   check_device(op, "alpha", alpha, grad);
   require(alpha.scalar_type() == grad.scalar_type(), op, "expected alpha of dtype ", toString(grad.scalar_type()),
           " (as grad), got ", toString(alpha.scalar_type()));
+  require_apart(op, "out", out, "grad", grad);
+  require_apart(op, "out", out, "branch", branch);
+  require_apart(op, "out", out, "alpha", alpha);
 }
+
+namespace {
+
+// What is kept for the backward pass lies in memory of its own.
+void check_apart(const char* op, const ForwardArguments& a) {
+  const std::pair<const char*, const Tensor&> read[] = {
+      {"tokens", a.tokens},           {"features", a.features},     {"boxes", a.boxes},
+      {"image_index", a.image_index}, {"fc1_weight", a.fc1_weight}, {"fc1_bias", a.fc1_bias},
+      {"fc2_weight", a.fc2_weight},   {"fc2_bias", a.fc2_bias},     {"alpha", a.alpha}};
+  for (const auto& [name, tensor] : read) {
+    if (a.hidden.has_value()) {
+      require_apart(op, "hidden", *a.hidden, name, tensor);
+    }
+    if (a.branch.has_value()) {
+      require_apart(op, "branch", *a.branch, name, tensor);
+    }
+  }
+  if (a.hidden.has_value() && a.branch.has_value()) {
+    require_apart(op, "branch", *a.branch, "hidden", *a.hidden);
+  }
+}
+
+}  // namespace
 
 ForwardSizes check_forward(const char* op, const ForwardArguments& a, Device device,
                            std::initializer_list<const char*> plans) {
@@ -184,6 +212,7 @@ ForwardSizes check_forward(const char* op, const ForwardArguments& a, Device dev
   checked_product(op, "a hidden activation", {rows, std::max(hidden, width + channels)});
   check_saved(op, "hidden", a.hidden, a.tokens, rows, hidden);
   check_saved(op, "branch", a.branch, a.tokens, rows, width);
+  check_apart(op, a);
   return {prefix, grid, patches, width, hidden, channels, geometry};
 }
 

@@ -52,6 +52,24 @@ inline int64_t checked_product(const char* op, const char* what, std::initialize
   return product;
 }
 
+// Refuses to write to memory that is also read: by the range of addresses, whatever lies between a tensor's strides.
+inline void require_apart(const char* op, const char* name, const torch::stable::Tensor& written,
+                          const char* other_name, const torch::stable::Tensor& other) {
+  if (written.numel() == 0 || other.numel() == 0) {
+    return;
+  }
+  const auto end = [](const torch::stable::Tensor& tensor) {
+    uintptr_t bytes = tensor.element_size();
+    for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+      bytes += static_cast<uintptr_t>((tensor.size(axis) - 1) * tensor.stride(axis)) * tensor.element_size();
+    }
+    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) + bytes;
+  };
+  const bool apart = end(written) <= reinterpret_cast<uintptr_t>(other.const_data_ptr()) ||
+                     end(other) <= reinterpret_cast<uintptr_t>(written.const_data_ptr());
+  require(apart, op, "expected ", name, ", which is written to, in other memory than ", other_name);
+}
+
 // Sizes along one axis stay below this, so that sums and products of two of them cannot overflow.
 constexpr int64_t kMaxSide = int64_t(1) << 24;
 

@@ -113,17 +113,28 @@ def left_out() -> Iterator[None]:
         _left_out = before
 
 
+def _on_one_device(*tensors: object) -> None:
+    """A meta tensor among real ones brings a call here, where it would return memory that nobody writes."""
+    devices = {tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+
+
 def _crop_resize_fake(features, boxes, image_index, size, *, check_values=True):  # type: ignore[no-untyped-def]
+    _on_one_device(features, boxes, image_index)
     return features.new_empty(boxes.shape[0], size, size, features.shape[3])
 
 
 def _crop_resize_backward_fake(grad, boxes, image_index, images, height, width, *, check_values=True):  # type: ignore[no-untyped-def]
+    _on_one_device(grad, boxes, image_index)
     return grad.new_empty(images, height, width, grad.shape[3])
 
 
 def _cvfm_forward_fake(tokens, *arguments, **settings):  # type: ignore[no-untyped-def]
+    _on_one_device(tokens, *arguments, *settings.values())
     return torch.empty_like(tokens, memory_format=torch.contiguous_format)
 
 
 def _gate_backward_fake(grad, branch, alpha, out):  # type: ignore[no-untyped-def]
+    _on_one_device(grad, branch, alpha, out)
     return grad.new_empty(1, dtype=torch.float64)

@@ -220,6 +220,7 @@ def test_unchecked_values_are_safe():
     torch.ops.fila.crop_resize_backward(torch.ones_like(got), boxes, index, 2, 4, 5, check_values=False)
 
 
+SHARED = torch.zeros(18)
 GOOD = {
     "features": torch.zeros(2, 4, 4, 3),
     "boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]),
@@ -245,6 +246,10 @@ GOOD = {
         ({"image_index": torch.tensor([1.0])}, "dtype int32 or int64, got Float"),
         ({"image_index": torch.tensor([2])}, "image_index between 0 and 1, got 2 at tile 0"),
         ({"image_index": torch.tensor([-1], dtype=torch.int32)}, "between 0 and 1, got -1 at tile 0"),
+        (
+            {"boxes": torch.zeros(1, 4).expand(2**40, 4), "image_index": torch.zeros(1).int().expand(2**40)},
+            "at most 16777216 boxes, got 1099511627776",
+        ),
         ({"size": 0}, "size between 1 and 16777216, got 0"),
     ],
 )
@@ -312,6 +317,40 @@ def test_bad_input_of_the_fused_forward_is_refused_by_name(change, message):
 
 
 @needs_library
+@pytest.mark.parametrize("read", ["tokens", "features", "fc1_weight", "fc2_bias"])
+@pytest.mark.parametrize("written", ["hidden", "branch"])
+def test_what_is_written_to_lies_in_memory_of_its_own(read, written):
+    shared = torch.zeros(1000)
+    arguments = cvfm_arguments(hidden=torch.zeros(4, 7), branch=torch.zeros(4, 6))
+    # The last element of the one is the first of the other.
+    arguments[read] = shared[: arguments[read].numel()].view(arguments[read].shape)
+    begin = arguments[read].numel() - 1
+    arguments[written] = shared[begin : begin + arguments[written].numel()].view(arguments[written].shape)
+    with pytest.raises(ValueError, match=f"{written}, which is written to, in other memory than {read}"):
+        torch.ops.fila.cvfm_forward(**arguments)
+    begin += 1
+    arguments[written] = shared[begin : begin + arguments[written].numel()].view(arguments[written].shape)
+    torch.ops.fila.cvfm_forward(**arguments)
+
+
+@needs_library
+@pytest.mark.parametrize("elsewhere", ["tokens", "boxes", "image_index", "fc1_weight", "alpha", "hidden"])
+def test_tensors_of_two_devices_are_refused(elsewhere):
+    arguments = cvfm_arguments(hidden=torch.zeros(4, 7))
+    arguments[elsewhere] = arguments[elsewhere].to("meta")
+    with pytest.raises(ValueError, match="expected all tensors on one device, got cpu, meta"):
+        torch.ops.fila.cvfm_forward(**arguments)
+
+
+@needs_library
+def test_the_kept_tensors_do_not_overlap():
+    shared = torch.zeros(1000)
+    arguments = cvfm_arguments(hidden=shared[:28].view(4, 7), branch=shared[27:51].view(4, 6))
+    with pytest.raises(ValueError, match="branch, which is written to, in other memory than hidden"):
+        torch.ops.fila.cvfm_forward(**arguments)
+
+
+@needs_library
 @pytest.mark.parametrize("plan", ["sample_first", "project_first"])
 @pytest.mark.parametrize("gate", ["product", "scale"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -374,6 +413,9 @@ def test_gate_backward_is_the_derivative_of_the_gate(dtype, scale):
         ({"out": torch.zeros(4, 6)[:, :3]}, "a contiguous out"),
         ({"branch": torch.zeros(3, 4).t()}, "branch with a last stride of 1, got 4"),
         ({"alpha": torch.zeros(2)}, r"alpha of shape \[1\], got \[2\]"),
+        ({"grad": SHARED[:12].view(4, 3), "out": SHARED[6:18].view(4, 3)}, "out, .* in other memory than grad"),
+        ({"branch": SHARED[:12].view(4, 3), "out": SHARED[:12].view(4, 3)}, "out, .* in other memory than branch"),
+        ({"alpha": SHARED[2:3], "out": SHARED[:12].view(4, 3)}, "out, .* in other memory than alpha"),
     ],
 )
 def test_bad_input_of_the_gate_is_refused_by_name(change, message):
