@@ -54,8 +54,10 @@ Tensor flat(const Tensor& tokens) {
                                                                                                   : dense(tokens);
 }
 
+// Rows of one stride. That of a single row among its axis means nothing; then the tensor is dense.
 Matrix view_rows(const Tensor& matrix) {
-  return {matrix.const_data_ptr(), matrix.stride(matrix.dim() - 2)};
+  const int64_t axis = matrix.dim() - 2;
+  return {matrix.const_data_ptr(), matrix.size(axis) > 1 ? matrix.stride(axis) : matrix.size(axis + 1)};
 }
 
 void* data_or_null(const std::optional<Tensor>& tensor) {
