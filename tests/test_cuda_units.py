@@ -119,3 +119,14 @@ def test_the_quick_units_are_as_intended(tmp_path):
         for architecture, command in cuda_units.split_architectures(commands[name]).items():
             unit = cuda_units.compile_unit(name, architecture, command, tmp_path)
             assert cuda_units.faults(unit) == []
+
+
+def test_the_record_is_of_every_unit_and_the_document_shows_it():
+    """`make test-cuda` writes both; it also says what is wrong, which must be nothing."""
+    recorded = cuda_units.read_record()
+    assert {unit.unit for unit in recorded} == {path.stem for path in cuda_units.FOLDER.glob("*.cu")}
+    assert [fault for unit in recorded for fault in cuda_units.faults(unit)] == []
+    assert sum(unit.seconds for unit in recorded) / 2 < cuda_units.MOST_SECONDS, "on two cores"
+    page = cuda_units.PAGE.read_text()
+    between = page.split(cuda_units.MARKS[0])[1].split(cuda_units.MARKS[1])[0]
+    assert between.strip() == cuda_units.table(recorded).strip()
