@@ -10,7 +10,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-transformers test-aot test-cuda test-sanitize lint format bench gpu train-nano clean
+.PHONY: help setup demo test test-fast test-transformers test-triton test-aot test-cuda test-sanitize lint format bench gpu train-nano clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,8 +30,11 @@ test-fast: setup ## run the tests that take no more than some ten seconds each
 test-transformers: setup ## run the model's tests on the oldest supported transformers and the newest
 	$(RUN) tools/transformers_versions.py $(ARGS)
 
-test-aot: setup ## compile every config of the Triton kernels that the tuner would try, for three architectures (hours)
-	$(RUN) tools/compiled_kernels.py --all $(ARGS)
+test-triton: setup ## run the Triton kernels' tests on the oldest supported Triton and the newest, and time them
+	$(RUN) tools/triton_versions.py $(ARGS)
+
+test-aot: setup ## compile every config that the tuner would try, by both Tritons, for five architectures (half an hour; goes on)
+	$(RUN) tools/triton_versions.py --configs $(ARGS)
 
 test-cuda: setup ## compile every unit of csrc/cuda for three architectures, look at the binaries, record (no GPU)
 	$(RUN) tools/cuda_units.py $(ARGS)

@@ -18,9 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/model.md", "docs/nano.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/kernels.md", "docs/model.md", "docs/nano.md")
 RECORD = ROOT / "fila/checkpoints/fila-nano/training"
 CPU = ROOT / "bench/results/cvfm_cpu.csv"
+COMPILED = ROOT / "bench/results/compiled_kernels.csv"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -148,6 +149,42 @@ def sections() -> str:
     return "| Section | At most | What |\n| --- | ---: | --- |\n" + "".join(rows)
 
 
+def compiled() -> str:
+    """How many kernels each Triton compiled for each architecture, and what was wrong with them."""
+    with COMPILED.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["triton"], row["arch"], row["dtype"]), []).append(row)
+    lines = []
+    for (version, arch, dtype), group in sorted(groups.items(), key=lambda entry: (entry[0][0], int(entry[0][1]))):
+        faults = [row["faults"] for row in group if row["faults"]]
+        registers = max(int(row["registers"]) for row in group if row["registers"])
+        specialised = sum("specialised" in row["options"] for row in group)
+        lines.append(
+            [f"{version}, sm_{arch}, {dtype}", str(len(group)), str(specialised), str(registers), str(len(faults))]
+        )
+    head = ["Triton, architecture", "kernels", "of them warp-specialised", "most registers", "not as intended"]
+    return table(head, lines)
+
+
+def kernels() -> str:
+    """Registers, shared memory and occupancy of the default configs, by the newest Triton of the record."""
+    with COMPILED.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["set"] == "default"]
+    newest = max((row["triton"] for row in rows), key=lambda version: tuple(map(int, version.split("."))))
+    head = ["Kernel", "Architecture", "Tile", "Warps", "Stages", "Registers", "Spills", "Shared memory", "Occupancy"]
+    lines = [
+        [
+            f"`{row['kernel']}`", f"sm_{row['arch']}", row["tile"], row["warps"], row["stages"], row["registers"],
+            row["spills"], f"{int(row['shared']):,} B", f"{float(row['occupancy']):.0%}",
+        ]
+        for row in sorted(rows, key=lambda row: (int(row["arch"]), row["kernel"]))
+        if row["triton"] == newest
+    ]  # fmt: skip
+    return f"By Triton {newest}, in {rows[0]['dtype']}.\n\n" + table(head, lines)
+
+
 def goals() -> str:
     """The goals on a GPU beside what the committed CSVs of GPUs say."""
     from bench.goals import lines
@@ -166,7 +203,7 @@ def goals() -> str:
 
 GENERATORS: dict[str, Callable[[], str]] = {
     "nano": nano, "kinds": kinds, "cpu": cpu, "parameters": parameters, "columns": columns, "sections": sections,
-    "goals": goals, "training": training,
+    "goals": goals, "training": training, "compiled": compiled, "kernels": kernels,
 }  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def _compiles_well(config: GemmConfig, problem: Problem, device: Device) -> bool
     tile = config.block_m, config.block_n, config.num_warps
     if heavy and (tile == (128, 64, 4) or (major == 10 and tile == (64, 256, 4))):
         return False
-    if not config.tma and tile == (64, 128, 4) and major == 10 and kernel in ("fc1", "fc2"):
+    if not config.tma and tile == (64, 128, 4) and major == 10 and kernel in ("fc1", "fc2", "hidden_gradient"):
         return False
     return not (kernel == "hidden_gradient" and not config.tma and tile == (128, 256, 8))
 
@@ -283,7 +283,9 @@ def default(problem: Problem, device: Device) -> Config:
         return _interpreted(problem)
     if problem.kernel in GATHERS:
         columns = min(128, max(16, power_of_two(problem.n)))
-        return GatherConfig(16 if problem.kernel != "gate_backward" else 32, columns)
+        # With four warps the compiler stores one register of the backward gather away.
+        warps = 8 if problem.kernel == "crop_resize_backward" else 4
+        return GatherConfig(16 if problem.kernel != "gate_backward" else 32, columns, warps)
     if problem.kernel == "single_pass":
         return _single_pass(problem, device)
     tiles = [config for config in _gemm_tiles(problem, device) if supports(config, problem, device)]
