@@ -53,7 +53,7 @@ struct OptionalLoad : Base {
 
 // Accumulator, bias and source to the result; and Z or M to the rows of samples.
 template <class ThreadMap, typename Scalar, class Epilogue>
-struct RowVisitor : cutlass::epilogue::threadblock::VisitorImpl2x<> {
+struct RowVisitor2x : cutlass::epilogue::threadblock::VisitorImpl2x<> {
   using Arguments = Epilogue;
   using Params = Epilogue;
   struct SharedStorage {};
@@ -67,8 +67,8 @@ struct RowVisitor : cutlass::epilogue::threadblock::VisitorImpl2x<> {
     return 0;
   }
 
-  CUTLASS_HOST_DEVICE RowVisitor() {}
-  CUTLASS_HOST_DEVICE RowVisitor(Params const& epilogue, SharedStorage const&) : epilogue(&epilogue) {}
+  CUTLASS_HOST_DEVICE RowVisitor2x() {}
+  CUTLASS_HOST_DEVICE RowVisitor2x(Params const& epilogue, SharedStorage const&) : epilogue(&epilogue) {}
 
   Epilogue const* epilogue = nullptr;
 
@@ -155,7 +155,7 @@ struct Sm80Product {
   using Visitor = cutlass::epilogue::threadblock::Sm80EVT<
       cutlass::epilogue::threadblock::VisitorAuxStore<ThreadMap, Scalar, cutlass::FloatRoundStyle::round_to_nearest,
                                                       Stride>,
-      cutlass::epilogue::threadblock::Sm80EVT<RowVisitor<ThreadMap, Scalar, Epilogue>,
+      cutlass::epilogue::threadblock::Sm80EVT<RowVisitor2x<ThreadMap, Scalar, Epilogue>,
                                               cutlass::epilogue::threadblock::VisitorAccFetch, Bias, Source>>;
   using BlockEpilogue =
       cutlass::epilogue::threadblock::EpilogueWithVisitorCallbacks<typename Default::Epilogue, Visitor, 1>;
