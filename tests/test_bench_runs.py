@@ -209,7 +209,7 @@ def test_the_command_measures_prints_and_stops_in_time(tmp_path):
     assert "2 cases of tiny, 2 rounds" in done.stdout
     assert "without liger: " in done.stdout
     assert "geometric mean" in done.stdout
-    assert {r["variant"] for r in records.read(path)} == {"tuned_eager", "torch"}
+    assert {r["variant"] for r in records.read(path)} == {"tuned_eager", "torch", "torch_calls"}
     late = subprocess.run(
         [*command, "--resume", "--seconds", "1e-9"], cwd=ROOT, capture_output=True, text=True, check=False
     )
