@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/kernels.md", "docs/model.md", "docs/nano.md")
 RECORD = ROOT / "fila/checkpoints/fila-nano/training"
 CPU = ROOT / "bench/results/cvfm_cpu.csv"
+CROP_RESIZE_CPU = ROOT / "bench/results/crop_resize_cpu.csv"
 COMPILED = ROOT / "bench/results/compiled_kernels.csv"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -134,6 +135,51 @@ def cpu() -> str:
     )
 
 
+def native() -> str:
+    """What the compiled operators of csrc are worth on a CPU, over what runs without them."""
+    rows = []
+    for path in (CPU, CROP_RESIZE_CPU):
+        with path.open(newline="") as file:
+            rows += list(csv.DictReader(file))
+    timed = {(r["operation"], r["case"], r["direction"], r["variant"]): r for r in rows if r["p50_ms"]}
+
+    def ratio(operation: str, case: str, direction: str, slow: str) -> float:
+        base, own = timed[operation, case, direction, slow], timed[operation, case, direction, "torch"]
+        return float(base["p50_ms"]) / float(own["p50_ms"])
+
+    def floor_share(case: str, variant: str) -> float:
+        row = timed["cvfm", case, "forward", variant]
+        seconds = max(float(row[f"floor_{kind}"]) / float(row[f"roof_{kind}"]) for kind in ("flops", "bytes"))
+        return seconds * 1e3 / float(row["p50_ms"])
+
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figures = [
+        [
+            ratio("cvfm", case, "forward", "torch_calls"),
+            floor_share(case, "torch_calls"),
+            floor_share(case, "torch"),
+            ratio("crop_resize", case, "forward", "sliced"),
+            ratio("crop_resize", case, "backward", "sliced"),
+        ]
+        for case in cases
+    ]
+    means = [math.exp(sum(map(math.log, column)) / len(column)) for column in zip(*figures, strict=True)]
+
+    def line(name: str, values: list[float]) -> list[str]:
+        faster, calls, own, *alone = values
+        return [name, f"{faster:.2f}x", f"{calls:.2f}", f"{own:.2f}", *(f"{value:.1f}x" for value in alone)]
+
+    head = [
+        "raster, stage, dtype", "fused forward over PyTorch calls", "floor over PyTorch calls", "floor over fused",
+        "crop_resize over slices", "its backward over slices",
+    ]  # fmt: skip
+    commits = " and ".join(dict.fromkeys(row["commit"] for row in rows))
+    return (
+        f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}, medians of interleaved rounds, "
+        f"commit {commits}.\n\n" + table(head, [*map(line, cases, figures), line("geometric mean", means)])
+    )
+
+
 def columns() -> str:
     """What the benchmarks' CSV holds."""
     from bench.records import COLUMNS
@@ -202,8 +248,8 @@ def goals() -> str:
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
-    "nano": nano, "kinds": kinds, "cpu": cpu, "parameters": parameters, "columns": columns, "sections": sections,
-    "goals": goals, "training": training, "compiled": compiled, "kernels": kernels,
+    "nano": nano, "kinds": kinds, "cpu": cpu, "native": native, "parameters": parameters, "columns": columns,
+    "sections": sections, "goals": goals, "training": training, "compiled": compiled, "kernels": kernels,
 }  # fmt: skip
 
 
