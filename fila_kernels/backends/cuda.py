@@ -38,20 +38,12 @@ def has_products(call: Call) -> bool:
     return call.tokens.dtype != torch.float32 and all(width and width % ALIGNMENT == 0 for width in widths)
 
 
-ALIGNMENT = 8  # elements of 16 bits that the compiled products read at once
-
-
-def _has_products(call: Call) -> bool:
-    widths = call.shape.token_width, call.shape.feature_width, call.shape.hidden_width
-    return call.tokens.dtype != torch.float32 and not any(width % ALIGNMENT for width in widths)
-
-
 def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: bool = False) -> Tensor:
     """The fused tokens; fills `hidden` [T * N, H] with Z and `branch` [T * N, D] with M where they are given.
 
     In place, what the operator returns is copied over the tokens.
     """
-    if not _has_products(call) and call.plan.forward != "single_pass":  # which the operator takes or refuses
+    if not has_products(call) and call.plan.forward != "single_pass":  # which the operator takes or refuses
         return eager.forward(call._replace(sampler=SAMPLER), hidden, branch, in_place)
     out = torch.ops.fila.cvfm_forward(
         call.tokens, dense_channels(call.features), *call[2:9], call.shape.prefix, call.gate, call.plan.forward,
