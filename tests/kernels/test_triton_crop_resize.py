@@ -114,3 +114,15 @@ def test_gradient_of_any_stride(layout):
     found = torch.ops.fila_kernels.crop_resize_backward(grad, *rest, "triton")
     expected = torch.ops.fila_kernels.crop_resize_backward(grad.double(), *rest)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_channels_beyond_what_32_bits_count():
+    """Only the pages that are written take memory: three planes, 2^30 elements and a few from each other."""
+    case = Case("far", tiles=2)
+    inputs = case.inputs(torch.float32)
+    plane = 2**30 + 32
+    grad = torch.empty(2 * plane + 32, dtype=torch.float16).as_strided((2, 4, 4, 3), (16, 4, 1, plane))
+    grad.copy_(torch.randn(2, 4, 4, 3))
+    rest = inputs["boxes"], inputs["image_index"], 2, 10, 12, "triton"
+    found = torch.ops.fila_kernels.crop_resize_backward(grad, *rest)
+    assert torch.equal(found, torch.ops.fila_kernels.crop_resize_backward(grad.contiguous(), *rest))

@@ -177,7 +177,7 @@ def crop_resize_bwd_kernel(
                 reads = reads_y & (step_x < count_x)
                 weight = weight_y * tap_weight(p_axis + size, p_axis_weights + size, sample_x, x, reads)
                 p_sample = p_row + sample_x.to(tl.int64) * stride_x * VECTOR
-                p_samples = p_sample[:, None] + channel[None, :] * stride_c
+                p_samples = p_sample[:, None] + channel.to(tl.int64)[None, :] * stride_c
                 wanted = reads[:, None] & in_channels[None, :]
                 total += weight[:, None] * tl.load(p_samples, mask=wanted, other=0.0).to(tl.float32)
     if GATED:
