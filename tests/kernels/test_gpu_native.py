@@ -1,17 +1,50 @@
 """The compiled CUDA operators called directly, on a GPU: what they refuse, layouts, streams, graphs and large maps.
 
-The case matrix runs in test_gpu.py, on this backend as on all.
+The case matrix runs in test_gpu.py, on this backend as on all; its widths are too odd for the compiled products, so
+here it runs again at widths that those take.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, assert_close
+from cases import CASES, Case, assert_close, ids, options
+from test_gpu import check, on_gpu
 
-from fila_kernels import dispatch, native, reference
+from fila_kernels import cvfm, dispatch, native, reference
+from fila_kernels.backends import cuda, eager
 
 USABLE, REASON = dispatch.available("cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not USABLE, reason=REASON)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+LOW = (torch.bfloat16, torch.float16)
+PLANS = ("sample_first", "project_first")
+
+
+def with_products(case: Case) -> Case:
+    """The case at widths rounded up to what the compiled products take."""
+    widths = {name: getattr(case, name) for name in ("token_width", "hidden_width", "feature_width")}
+    return replace(case, **{name: -(-width // cuda.ALIGNMENT) * cuda.ALIGNMENT for name, width in widths.items()})
+
+
+PRODUCTS = [with_products(case) for case in CASES]
+# Rows are no multiple of the kernel's 128; channels are less than one step of its loop and a half, and many of them.
+SINGLE_PASS = [
+    Case(f"single_pass_{channels}", tiles=3, grid=7, token_width=1024, hidden_width=1024, feature_width=channels)
+    for channels in (72, 1536)
+]
+
+
+@pytest.fixture
+def only_compiled(monkeypatch):
+    """PyTorch's composition of the forward pass must not stand in for the compiled operator."""
+
+    def refuse(*arguments, **settings):
+        raise AssertionError("the torch backend's forward pass was called")
+
+    monkeypatch.setattr(eager, "forward", refuse)
 
 
 def example(dtype: torch.dtype, channels: int, size: int = 6):
@@ -152,3 +185,111 @@ def test_the_library_says_what_it_was_built_for():
     build = native.build()
     assert build is not None
     assert build.runs_on(torch.cuda.get_device_capability())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("gate", ["product", "scale"])
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("case", PRODUCTS, ids=ids)
+def test_the_compiled_products_over_the_case_matrix(only_compiled, case, dtype, gate, plan):
+    check(case, "cuda", dtype, gate, plan=plan)
+
+
+@pytest.fixture
+def single_pass():
+    obstacle = dispatch._single_pass_obstacle("cuda", torch.device("cuda", 0), torch.bfloat16, (1024, 1024))
+    if obstacle:
+        pytest.skip(obstacle)
+
+
+@pytest.mark.parametrize("gate", ["product", "scale"])
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("case", SINGLE_PASS, ids=ids)
+def test_single_pass_and_what_it_keeps(only_compiled, single_pass, case, dtype, gate):
+    inputs = case.inputs(dtype)
+    gpu = on_gpu(inputs)
+    kept = {
+        name: torch.full((case.tiles * case.grid**2, width), float("nan"), dtype=dtype, device="cuda")
+        for name, width in (("hidden", case.hidden_width), ("branch", case.token_width))
+    }
+    call = options(case) | {"gate": gate, "plan": "single_pass"}
+    out = torch.ops.fila.cvfm_forward(**gpu, **call, **kept)
+    judge_forward(inputs, case.prefix, gate, out, **kept)
+    assert torch.equal(torch.ops.fila.cvfm_forward(**gpu, **call), out)
+    check(case, "cuda", dtype, gate, plan="single_pass")
+
+
+def judge_forward(inputs, prefix, gate, out, hidden, branch):
+    """All three results against the definition's, on the CPU."""
+
+    def defined(kind):
+        cast = {name: t.to(kind) if t.is_floating_point() and name != "boxes" else t for name, t in inputs.items()}
+        patches = cast["tokens"][:, prefix:]
+        size = round(patches.shape[1] ** 0.5)
+        sampled = reference.crop_resize(cast["features"], cast["boxes"], cast["image_index"], size).flatten(1, 2)
+        z = torch.nn.functional.linear(torch.cat([patches, sampled], -1), cast["fc1_weight"], cast["fc1_bias"])
+        m = torch.nn.functional.linear(torch.nn.functional.gelu(z), cast["fc2_weight"], cast["fc2_bias"])
+        return reference.cvfm(**cast, num_prefix_tokens=prefix, gate=gate), z.flatten(0, 1), m.flatten(0, 1)
+
+    wide, narrow = defined(torch.float64), defined(out.dtype)
+    for name, found, exact, eagerly in zip(
+        ("out", "hidden", "branch"), (out, hidden, branch), wide, narrow, strict=True
+    ):
+        assert_close(name, found.cpu(), exact, eagerly)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", LOW)
+def test_what_the_products_keep_is_the_definitions(dtype, plan):
+    case = Case("kept", tiles=37, grid=7, token_width=48, hidden_width=64, feature_width=32)
+    inputs = case.inputs(dtype)
+    kept = {
+        name: torch.full((case.tiles * case.grid**2, width), float("nan"), dtype=dtype, device="cuda")
+        for name, width in (("hidden", case.hidden_width), ("branch", case.token_width))
+    }
+    out = torch.ops.fila.cvfm_forward(**on_gpu(inputs), **options(case), gate="product", plan=plan, **kept)
+    judge_forward(inputs, case.prefix, "product", out, **kept)
+
+
+FUSED = Case("fused", tiles=9, grid=7, token_width=64, hidden_width=128, feature_width=32)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_fused_pass_follows_streams_and_graphs(only_compiled, plan):
+    """Late inputs on a side stream, and inputs changed after a capture: both as a plain call has them."""
+    first, second = (on_gpu(FUSED.inputs(torch.bfloat16, seed)) for seed in (0, 1))
+    settings = {"plan": plan, "backend": "cuda"}
+    wanted = [cvfm(**inputs, **settings) for inputs in (first, second)]
+    assert not torch.equal(*wanted)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = {name: torch.zeros_like(tensor) for name, tensor in first.items()}
+        torch.cuda._sleep(10**7)
+        for name, tensor in first.items():
+            late[name].copy_(tensor)
+        got = cvfm(**late, **settings)
+    stream.synchronize()
+    assert torch.equal(got, wanted[0]), "launched on another stream than the copies before it"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cvfm(**late, **settings)
+    for inputs, want in zip((second, first), reversed(wanted), strict=True):
+        for name, tensor in inputs.items():
+            late[name].copy_(tensor)
+        captured.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, want)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_autocast_does_not_reach_into_the_operator(plan):
+    """The projection is PyTorch's own product, which autocast would hand on in its dtype."""
+    inputs = on_gpu(FUSED.inputs(torch.bfloat16))
+    call = options(FUSED) | {"gate": "product", "plan": plan}
+    want = torch.ops.fila.cvfm_forward(**inputs, **call)
+    with torch.autocast("cuda", torch.float16):
+        got = torch.ops.fila.cvfm_forward(**inputs, **call)
+    assert got.dtype == want.dtype
+    assert torch.equal(got, want)
