@@ -158,7 +158,9 @@ def cuda_settings(torch_dir: Path) -> list[str]:
 
 
 def without_cuda(reason: CannotBuild) -> list[str]:
-    return [f"-DFILA_WITHOUT_CUDA={reason}"]
+    """The setting that keeps the reason: one line, one value for CMake, no end of CMakeLists.txt's raw string."""
+    text = " ".join(str(reason).replace(";", ",").replace(')FILA"', ")").split())
+    return [f"-DFILA_WITHOUT_CUDA={text}"]
 
 
 def first_error(output: str) -> str:

@@ -148,6 +148,28 @@ def test_kernels_that_do_not_compile_are_left_out_unless_demanded(build, monkeyp
         build.compile_library(tmp_path)
 
 
+def missing_for_objects() -> str | None:
+    tools = cuda_units.setup_module()
+    if not all(map(tools.find_tool, ("cmake", "ninja"))):
+        return "CMake or ninja was not found"
+    return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "no C++ compiler was found"
+
+
+@pytest.mark.skipif(missing_for_objects() is not None, reason=str(missing_for_objects()))
+def test_a_compilers_complaint_does_not_break_the_library_without(build, tmp_path):
+    """nvcc quotes signatures, whose `)"` ends a plain raw string; semicolons part CMake's lists."""
+    complaint = 'no instance of function "f(int)" matches; a \\ and `x`\n'
+    cmake, ninja = build.find_tool("cmake"), build.find_tool("ninja")
+    (reason,) = build.without_cuda(build.CannotBuild(complaint + ')FILA"'))
+    configure = [cmake, "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    subprocess.run([*configure, f"-DFILA_TORCH_DIR={build.find_torch()}", reason], check=True, capture_output=True)
+    unit = "CMakeFiles/fila_kernels.dir/csrc/build_info.cpp.o"
+    done = subprocess.run([ninja, "-C", str(tmp_path), unit], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    expected = b'without_cuda=no instance of function "f(int)" matches, a \\ and `x` )\n'
+    assert expected in (tmp_path / unit).read_bytes()
+
+
 def test_demanding_kernels_of_a_library_that_is_not_built_is_an_error(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, tmp_path / name)
