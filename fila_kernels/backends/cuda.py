@@ -10,35 +10,35 @@ import torch
 from torch import Tensor
 
 from fila_kernels.backends import eager, eager_backward
-from fila_kernels.backends.eager import Call, Sampler, dense_channels
-from fila_kernels.backends.eager_backward import Needs
 
 
 def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int) -> Tensor:
     """[B, h, w, C] of any stride to [T, size, size, C]."""
-    return torch.ops.fila.crop_resize(dense_channels(features), boxes, image_index, size, check_values=False)
+    return torch.ops.fila.crop_resize(eager.dense_channels(features), boxes, image_index, size, check_values=False)
 
 
 def crop_resize_backward(
     grad: Tensor, boxes: Tensor, image_index: Tensor, maps: tuple[int, int, int], features_grad: Tensor | None = None
 ) -> Tensor:
     """[T, size, size, C] of any stride to the dense [B, h, w, C], or added to `features_grad`."""
-    result = torch.ops.fila.crop_resize_backward(dense_channels(grad), boxes, image_index, *maps, check_values=False)
+    result = torch.ops.fila.crop_resize_backward(
+        eager.dense_channels(grad), boxes, image_index, *maps, check_values=False
+    )
     return result if features_grad is None else features_grad.add_(result)
 
 
-SAMPLER = Sampler(crop_resize, crop_resize_backward)
+SAMPLER = eager.Sampler(crop_resize, crop_resize_backward)
 ALIGNMENT = 8  # elements of 16 bits that fill 16 bytes
 
 
-def has_products(call: Call) -> bool:
+def has_products(call: eager.Call) -> bool:
     """Whether the compiled products take these tensors."""
     shape = call.shape
     widths = (shape.token_width, shape.feature_width, shape.hidden_width)
     return call.tokens.dtype != torch.float32 and all(width and width % ALIGNMENT == 0 for width in widths)
 
 
-def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: bool = False) -> Tensor:
+def forward(call: eager.Call, hidden: Tensor | None, branch: Tensor | None, in_place: bool = False) -> Tensor:
     """The fused tokens; fills `hidden` [T * N, H] with Z and `branch` [T * N, D] with M where they are given.
 
     In place, what the operator returns is copied over the tokens.
@@ -46,14 +46,16 @@ def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: 
     if not has_products(call) and call.plan.forward != "single_pass":  # which the operator takes or refuses
         return eager.forward(call._replace(sampler=SAMPLER), hidden, branch, in_place)
     out = torch.ops.fila.cvfm_forward(
-        call.tokens, dense_channels(call.features), *call[2:9], call.shape.prefix, call.gate, call.plan.forward,
-        hidden, branch, check_values=False,
+        tokens=call.tokens, features=eager.dense_channels(call.features), boxes=call.boxes,
+        image_index=call.image_index, fc1_weight=call.fc1_weight, fc1_bias=call.fc1_bias, fc2_weight=call.fc2_weight,
+        fc2_bias=call.fc2_bias, alpha=call.alpha, num_prefix_tokens=call.shape.prefix, gate=call.gate,
+        plan=call.plan.forward, hidden=hidden, branch=branch, check_values=False,
     )  # fmt: skip
     return call.tokens.copy_(out) if in_place else out
 
 
 def backward(
-    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs,
+    call: eager.Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: eager_backward.Needs,
     features_grad: Tensor | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of tokens, features, fc1 weight and bias, fc2 weight and bias, alpha; None where not needed.
