@@ -40,14 +40,15 @@ class Section:
     what: str = ""
     fresh: bool = False  # with empty compilation caches
     always: bool = False  # also where it was done before: what it makes is not among the results
+    needs: tuple[str, ...] = ()  # sections that must be done first: half a table would be timed as if it were whole
 
 
-def _bench(name: str, suites: str, *arguments: str, what: str, limit: int = LONGEST) -> Section:
+def _bench(name: str, suites: str, *arguments: str, what: str, needs: tuple[str, ...] = ()) -> Section:
     command = (
         "-m", "bench.run", "--device", "cuda", "--suite", suites, "--csv", "{out}/bench.csv", "--resume",
         "--seconds", "{seconds}", *arguments,
     )  # fmt: skip
-    return Section(name, limit, command, what=what)
+    return Section(name, LONGEST, command, what=what, needs=needs)
 
 
 def _tune(images: int) -> Section:
@@ -83,20 +84,28 @@ SECTIONS = (
     ),
     *(_sanitize(tool) for tool in ("memcheck", "racecheck", "initcheck")),
     _tune(8),
-    _bench("bench-8", "images-8", what="8 images, hidden 1024, all but torch.compile"),
+    _bench("bench-8", "images-8", what="8 images, hidden 1024, all but torch.compile", needs=("tune-8",)),
     _bench("compile-8", "images-8", "--variants", _COMPILED, what="8 images through torch.compile"),
     _tune(1),
-    _bench("bench-1", "images-1", what="1 image"),
+    _bench("bench-1", "images-1", what="1 image", needs=("tune-1",)),
     _tune(32),
-    _bench("bench-32", "images-32", what="32 images"),
+    _bench("bench-32", "images-32", what="32 images", needs=("tune-32",)),
     Section(
         "end-to-end",
         LONGEST,
         ("-m", "bench.e2e", "--device", "cuda", "--csv", "{out}/e2e.csv", "--resume", "--seconds", "{seconds}"),
         what="the vision tower's forward pass and a training step",
+        needs=("tune-8", "tune-1"),
     ),
-    _bench("crop-resize", "images-8", "--operation", "crop_resize", what="crop_resize alone"),
-    _bench("gemm", "images-8", "--operation", "gemm", what="fc1 and fc2 with epilogues against plain products"),
+    _bench("crop-resize", "images-8", "--operation", "crop_resize", what="crop_resize alone", needs=("tune-8",)),
+    _bench(
+        "gemm",
+        "images-8",
+        "--operation",
+        "gemm",
+        what="fc1 and fc2 with epilogues against plain products",
+        needs=("tune-8",),
+    ),
     _bench("hidden-4096", "hidden-4096-images-8,hidden-4096-images-1", what="hidden 4096, 8 images and 1"),
     _bench("hidden-4096-32", "hidden-4096-images-32", what="hidden 4096, 32 images"),
     _bench("also", "float16,widths,grids,no-prefix,one-tile,frozen", what="other dtypes, widths, grids; frozen"),
@@ -124,6 +133,7 @@ SECTIONS = (
         ),
         what="first calls with empty compilation caches",
         fresh=True,
+        needs=("tune-8",),
     ),
     _bench("compile-1", "images-1", "--variants", _COMPILED, what="1 image through torch.compile"),
     _bench("compile-32", "images-32", "--variants", _COMPILED, what="32 images through torch.compile"),
@@ -201,11 +211,22 @@ def run_all(sections: Sequence[Section], out: Path, limit: float, commit: str, d
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     outcomes = []
+    here = ("done", commit, device)
+
+    def named(section: Section, status: str, last: str) -> dict[str, object]:
+        return {"section": section.name, "status": status, "commit": commit, "device": device, "last_line": last}
+
     for section in sections:
-        here = (section.name, "done", commit, device)
-        done = any((s["section"], s["status"], s["commit"], s["device"]) == here for s in read_states(out))
-        if done and not again and not section.always:
+        done = {s["section"] for s in read_states(out) if (s["status"], s["commit"], s["device"]) == here}
+        if section.name in done and not again and not section.always:
             print(f"{section.name}: done before")
+            continue
+        waits = [name for name in section.needs if name not in done]
+        if waits:
+            line = f"skipped: {', '.join(waits)} is not done"
+            print(f"{section.name}: {line}")
+            write_state(out, dict.fromkeys(FIELDS, "") | named(section, "unfinished", line))
+            outcomes.append("unfinished")
             continue
         seconds = seconds_left(section, started, limit)
         if not seconds:
@@ -215,12 +236,9 @@ def run_all(sections: Sequence[Section], out: Path, limit: float, commit: str, d
         print(f"{section.name}: at most {seconds:.0f} s", flush=True)
         begin = time.monotonic()
         status, last = run_section(section, out, seconds)
-        state = {
-            "section": section.name, "status": status, "seconds": f"{time.monotonic() - begin:.0f}",
-            "limit": f"{seconds:.0f}", "commit": commit, "device": device, "last_line": last,
-        }  # fmt: skip
-        write_state(out, state)
-        print(f"{section.name}: {status} after {state['seconds']} s", flush=True)
+        taken = f"{time.monotonic() - begin:.0f}"
+        write_state(out, named(section, status, last) | {"seconds": taken, "limit": f"{seconds:.0f}"})
+        print(f"{section.name}: {status} after {taken} s", flush=True)
         outcomes.append(status)
         if section.gate and status != "done":
             print(f"{section.name} is not green, so nothing is timed")
@@ -242,12 +260,13 @@ def listing(sections: Sequence[Section]) -> str:
 
 
 def chosen(names: str, parser: argparse.ArgumentParser) -> list[Section]:
-    """The sections named, in the table's order; all for an empty string. Correctness comes along unless it is done."""
+    """The sections named, in the table's order; all if empty. What they need comes along unless it is done."""
     wanted = [name for name in names.split(",") if name]
     known = {section.name: section for section in SECTIONS}
     unknown = [name for name in wanted if name not in known]
     if unknown:
         parser.error(f"--only: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    wanted += [need for name in wanted for need in known[name].needs]
     return [section for section in SECTIONS if not wanted or section.gate or section.always or section.name in wanted]
 
 
@@ -272,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of results, at most eight files"
     )
-    parser.add_argument("--only", default="", help="sections, separated by commas; correctness comes before them")
+    parser.add_argument("--only", default="", help="sections, separated by commas; what they need comes before them")
     parser.add_argument("--seconds", type=float, default=0.0, help="begin no section that might end later")
     parser.add_argument("--again", action="store_true", help="also sections that are done")
     parser.add_argument("--list", action="store_true", dest="only_list", help="name the sections and their limits")

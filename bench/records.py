@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.timing import quantile
+from fila_kernels import tuned
 
 ROOT = Path(__file__).resolve().parent.parent
 # Name and meaning of each column; docs/benchmarks.md lists them from here.
@@ -38,6 +39,7 @@ COLUMNS = {
     "operation": "`cvfm`, `crop_resize`, `gemm`, `tower` or `tower-step`",
     "triton": "version",
     "cuda": "version that torch was built with",
+    "table": "eight digits of a digest of the device's tuned table; empty where it has none",
     "kept_bytes": "what autograd keeps from the forward for the backward pass, beside inputs and result",
     "host_ms": "on a GPU, time until a call returns to Python",
     "first_call_ms": "the variant's first call in this process: compilation, where no cache on disk holds it",
@@ -48,7 +50,7 @@ COLUMNS = {
     "roof_bytes": "bytes a second of a large copy, read and written both counted, measured in the same run",
     "note": "why something was not measured",
 }  # fmt: skip
-KEY = ("commit", "device", "torch", "operation", "case", "direction", "variant")
+KEY = ("commit", "device", "torch", "triton", "table", "operation", "case", "direction", "variant")
 
 
 def version(package: str) -> str:
@@ -93,12 +95,18 @@ def commit() -> str:
     return found or source_digest()
 
 
+def table_digest(device: torch.device) -> str:
+    """Of the tuned table that planner and launchers read on this device; empty where there is none."""
+    path = tuned.path_of(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path.exists() else ""
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """The columns that say where a row was measured."""
     return {
         "device": device_name(device), "threads": str(torch.get_num_threads()), "commit": commit(),
         "torch": torch.__version__, "python": platform.python_version(), "triton": version("triton"),
-        "cuda": torch.version.cuda or "",
+        "cuda": torch.version.cuda or "", "table": table_digest(device),
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 
 from bench import build_native, goals, gpu, plots, records, sanitize
 from bench.cases import SUITES
-from fila_kernels import dispatch
+from fila_kernels import dispatch, tuned
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,7 +120,7 @@ def test_gpu_dry_run_names_commands_that_parse(tmp_path, capsys):
         assert "{" not in line
     assert gpu.main(["--dry-run", "--only", "bench-8"]) == 0
     only = capsys.readouterr().out
-    assert [line.split(":")[0] for line in only.splitlines()] == ["build", "correctness", "bench-8"]
+    assert [line.split(":")[0] for line in only.splitlines()] == ["build", "correctness", "tune-8", "bench-8"]
     with pytest.raises(SystemExit):
         gpu.main(["--dry-run", "--only", "bench-9"])
 
@@ -181,6 +181,41 @@ def test_sections_resume_stop_in_time_and_stop_at_red(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"sections.csv", "log.txt"}
     with (tmp_path / "sections.csv").open(newline="") as file:
         assert tuple(next(csv.reader(file))) == gpu.FIELDS
+
+
+def test_what_reads_a_table_waits_until_it_is_tuned(tmp_path, capsys):
+    late = section("tune", f"raise SystemExit({gpu.UNFINISHED})")
+    timed = dataclasses.replace(section("bench", "print('timed')"), needs=("tune",))
+    assert gpu.run_all([late, timed], tmp_path, 0, "c1", "gpu") == gpu.UNFINISHED
+    assert "bench: skipped: tune is not done" in capsys.readouterr().out
+    assert [s["status"] for s in gpu.read_states(tmp_path)] == ["unfinished", "unfinished"]
+    assert "timed" not in (tmp_path / "log.txt").read_text()
+    tuned = section("tune", "print('tuned')")
+    assert gpu.run_all([tuned, timed], tmp_path, 0, "c1", "gpu") == 0
+    assert [(s["section"], s["last_line"]) for s in gpu.read_states(tmp_path)] == [
+        ("tune", "tuned"),
+        ("bench", "timed"),
+    ]
+    assert gpu.run_all([timed], tmp_path, 0, "c2", "gpu") == gpu.UNFINISHED, "tuned at another commit"
+    names = [s.name for s in gpu.SECTIONS]
+    for each in gpu.SECTIONS:
+        assert all(names.index(need) < names.index(each.name) for need in each.needs)
+        assert each.needs or not each.name.startswith("bench-")
+
+
+def test_another_table_or_triton_is_measured_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    cpu = torch.device("cpu")
+    start = row() | records.environment(cpu)
+    assert start["table"] == ""
+    (tmp_path / "cpu.json").write_text("half")
+    half = row() | records.environment(cpu)
+    (tmp_path / "cpu.json").write_text("whole")
+    whole = row() | records.environment(cpu)
+    done = records.done([start, half])
+    assert records.key(half) in done
+    assert records.key(whole) not in done
+    assert records.key(half | {"triton": "0.0"}) not in done
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_a_run_writes_every_column_it_can_and_resumes(tmp_path, monkeypatch):
         measurement.record(measurement.seconds)
     rows = {r["variant"]: r for r in records.read(path)}
     assert len(records.read(path)) == len(rows) == 3, "the second pass measured nothing again"
-    empty = {"cuda", "host_ms", "note"} | (set() if records.version("triton") else {"triton"})
+    empty = {"cuda", "table", "host_ms", "note"} | (set() if records.version("triton") else {"triton"})
     for found in rows.values():
         assert {name for name, value in found.items() if not value} == empty
         assert float(found["p20_ms"]) <= float(found["p50_ms"]) <= float(found["p80_ms"])
