@@ -111,7 +111,7 @@ def source_copy(tmp_path_factory) -> Path:
     """A source distribution, made as `python -m build --sdist` makes it and unpacked; it holds no build."""
     folder = tmp_path_factory.mktemp("source")
     checkout = folder / "checkout"
-    for name in ("fila", "fila_kernels", "csrc", "examples"):
+    for name in ("fila", "fila_kernels", "csrc", "examples", "bench", "tests", "tools"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "lib", "out"))
     for path in (
         path for path in ROOT.iterdir() if path.is_file() and path.suffix in ("", ".toml", ".py", ".txt", ".md", ".in")
@@ -136,8 +136,8 @@ def files_of(root: Path, folder: str) -> set[str]:
     return {str(path) for path in found if not {"__pycache__", "lib"} & set(path.parts)}
 
 
-def test_source_distribution_holds_all_that_a_build_needs(source_copy):
-    for folder in ("fila", "fila_kernels", "csrc", "examples/cpp"):
+def test_source_distribution_holds_all_that_a_build_and_its_tests_need(source_copy):
+    for folder in ("fila", "fila_kernels", "csrc", "examples/cpp", "bench", "tests", "tools"):
         missing = files_of(ROOT, folder) - files_of(source_copy, folder)
         assert not missing, f"missing in the source distribution: {sorted(missing)}"
     assert not (source_copy / "fila_kernels" / "lib").exists()
