@@ -215,7 +215,7 @@ def test_the_command_measures_prints_and_stops_in_time(tmp_path):
     )
     assert late.returncode == run.TIME_IS_UP, late.stdout
     assert "time is up" in late.stdout
-    assert len(records.read(path)) == 4
+    assert len(records.read(path)) == 5
 
 
 @pytest.mark.slow
