@@ -3,8 +3,8 @@
     python -m bench.build_native
 
 Only this GPU's architecture, so that it takes a minute or two; a build that was cut off goes on where it stopped. Where
-nvcc or the headers of CUTLASS (CUTLASS_PATH, else the package nvidia-cutlass) are missing it says so and succeeds: the
-backend `cuda` is then left out.
+nvcc or the headers of CUTLASS (CUTLASS_PATH, else the package nvidia-cutlass) are missing it says so and exits with 69:
+the backend `cuda` is then left out.
 """
 
 import os
@@ -34,11 +34,11 @@ def missing() -> str | None:
 
 
 def main() -> int:
-    """Exit 0 when built or skipped, else what the build returned."""
+    """Exit 0 when built, EX_UNAVAILABLE when skipped, else what the build returned."""
     lacking = missing()
     if lacking:
-        print(f"skipped: {lacking}; the cuda backend is left out")
-        return 0
+        print(f"skipped: {lacking}")
+        return os.EX_UNAVAILABLE
     name = architecture(torch.cuda.get_device_capability())
     print(f"building csrc for {name}", flush=True)
     variables = {"FILA_KERNELS_BUILD_NATIVE": "1", "FILA_KERNELS_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": name}

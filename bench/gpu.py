@@ -182,7 +182,7 @@ def run_section(section: Section, out: Path, seconds: float) -> tuple[str, str]:
             signal.signal(signal.SIGALRM, previous)
     if status == -signal.SIGKILL:
         return "unfinished", f"stopped after {seconds:.0f} s: {last}"
-    return {0: "done", UNFINISHED: "unfinished"}.get(status, "failed"), last
+    return {0: "done", UNFINISHED: "unfinished", os.EX_UNAVAILABLE: "skipped"}.get(status, "failed"), last
 
 
 def _python_path() -> str:
@@ -210,7 +210,7 @@ def run_all(sections: Sequence[Section], out: Path, limit: float, commit: str, d
     """Every section not yet done for this commit and device; 0 if all are done, 75 if some are not, 1 if one failed."""
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    outcomes = []
+    outcomes, unexercised = [], []
     here = ("done", commit, device)
 
     def named(section: Section, status: str, last: str) -> dict[str, object]:
@@ -240,9 +240,13 @@ def run_all(sections: Sequence[Section], out: Path, limit: float, commit: str, d
         write_state(out, named(section, status, last) | {"seconds": taken, "limit": f"{seconds:.0f}"})
         print(f"{section.name}: {status} after {taken} s", flush=True)
         outcomes.append(status)
+        if status == "skipped":
+            unexercised.append(last.removeprefix("skipped: "))
         if section.gate and status != "done":
             print(f"{section.name} is not green, so nothing is timed")
             return 1
+    if unexercised:
+        print(f"cuda backend: not exercised ({'; '.join(dict.fromkeys(unexercised))})")
     return 1 if "failed" in outcomes else UNFINISHED if "unfinished" in outcomes else 0
 
 

@@ -3,7 +3,7 @@
     python -m bench.sanitize memcheck|racecheck|initcheck
 
 Every kernel runs forward and backward on aligned and odd sizes, each tensor in an allocation of its own. Where
-compute-sanitizer or the backend `cuda` is missing it says so and succeeds. memcheck and racecheck look at our
+compute-sanitizer or the backend `cuda` is missing it says so and exits with 69. memcheck and racecheck look at our
 kernels; initcheck has to see every write, so it looks at all, and runs only what reads nothing that a library computed.
 """
 
@@ -115,7 +115,7 @@ def main() -> int:
     program = sanitizer()
     if program is None or not usable:
         print(f"skipped: {'compute-sanitizer was not found' if usable else reason}")
-        return 0
+        return os.EX_UNAVAILABLE
     command = [program, "--tool", options.tool, "--error-exitcode", "1"]
     if options.tool != "initcheck":
         command += ["--kernel-name", "kernel_substring=fila"]

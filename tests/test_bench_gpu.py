@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -238,15 +239,31 @@ def test_the_build_names_this_gpus_architecture(monkeypatch, capability, name):
 
 def test_without_its_tools_the_build_and_the_sanitizers_are_skipped_and_say_so(monkeypatch, capsys):
     monkeypatch.setattr(build_native, "missing", lambda: "nvcc was not found")
-    assert build_native.main() == 0
-    assert capsys.readouterr().out == "skipped: nvcc was not found; the cuda backend is left out\n"
+    assert build_native.main() == os.EX_UNAVAILABLE
+    assert capsys.readouterr().out == "skipped: nvcc was not found\n"
     monkeypatch.setattr(sys, "argv", ["bench.sanitize", "memcheck"])
     monkeypatch.setattr(dispatch, "available", lambda name: (False, "no CUDA device"))
-    assert sanitize.main() == 0
+    assert sanitize.main() == os.EX_UNAVAILABLE
     monkeypatch.setattr(dispatch, "available", lambda name: (True, ""))
     monkeypatch.setattr(sanitize, "sanitizer", lambda: None)
-    assert sanitize.main() == 0
+    assert sanitize.main() == os.EX_UNAVAILABLE
     assert capsys.readouterr().out == "skipped: no CUDA device\nskipped: compute-sanitizer was not found\n"
+
+
+def test_what_was_skipped_is_tried_again_and_told_at_the_end(tmp_path, capsys):
+    """A missing tool ends nothing, but is not done either: it may be there the next time."""
+    without = section("build", f"print('skipped: no nvcc'); raise SystemExit({os.EX_UNAVAILABLE})")
+    timed = section("timed", "print('fine')")
+    for _ in range(2):
+        assert gpu.run_all([without, dataclasses.replace(without, name="memcheck"), timed], tmp_path, 0, "c", "g") == 0
+        told = capsys.readouterr().out
+        assert "build: skipped after" in told
+        assert told.splitlines()[-1] == "cuda backend: not exercised (no nvcc)"
+        assert {s["section"]: s["status"] for s in gpu.read_states(tmp_path)} == {
+            "build": "skipped", "memcheck": "skipped", "timed": "done",
+        }  # fmt: skip
+    assert gpu.run_all([section("build", "print('built')"), timed], tmp_path, 0, "c", "g") == 0
+    assert "not exercised" not in capsys.readouterr().out
 
 
 def test_sanitizers_look_at_our_kernels_and_fail_loudly(monkeypatch):
