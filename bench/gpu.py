@@ -29,6 +29,10 @@ NO_GPU = 2
 FIELDS = ("section", "status", "seconds", "limit", "commit", "device", "last_line")
 
 
+# Most of the tests' time is the compilation of kernels; with pytest-xdist that is done eight at a time.
+_PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+
+
 @dataclass(frozen=True)
 class Section:
     """A command of this repository; `{out}` is the results' folder, `{seconds}` what the section may take."""
@@ -51,6 +55,11 @@ def _bench(name: str, suites: str, *arguments: str, what: str, needs: tuple[str,
     return Section(name, LONGEST, command, what=what, needs=needs)
 
 
+def _correct(name: str, *arguments: str, what: str) -> Section:
+    command = ("-m", "pytest", *arguments, "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider", *_PARALLEL)
+    return Section(f"correctness-{name}", LONGEST, command, gate=True, what=what)
+
+
 def _tune(images: int) -> Section:
     command = ("-m", "bench.tune", "--suite", f"images-{images}", "--out", "{out}", "--seconds", "{seconds}")
     return Section(
@@ -64,9 +73,8 @@ def _sanitize(tool: str) -> Section:
     )
 
 
-# Most of the tests' time is the compilation of kernels; with pytest-xdist that is done eight at a time.
-_PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 _COMPILED = "tuned_eager,compile,compile_no_graphs,compile_tapped"
+_BACKENDS = "tests/kernels/test_gpu.py"
 SECTIONS = (
     Section(
         "build",
@@ -75,13 +83,9 @@ SECTIONS = (
         what="csrc for this GPU, where nvcc and CUTLASS's headers (CUTLASS_PATH) are",
         always=True,
     ),
-    Section(
-        "correctness",
-        LONGEST,
-        ("-m", "pytest", "tests/kernels", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider", *_PARALLEL),
-        gate=True,
-        what="the tests marked gpu: the case matrix on every backend, forward and backward, graphs, repeats",
-    ),
+    _correct("matrix", _BACKENDS, "-k", "test_matrix", what="every backend over the case matrix, both directions"),
+    _correct("plans", _BACKENDS, "-k", "not test_matrix", what="plans, layouts, in place, frozen inputs, repeats"),
+    _correct("native", "tests/kernels", f"--ignore={_BACKENDS}", what="all other tests marked gpu: compiled operators"),
     *(_sanitize(tool) for tool in ("memcheck", "racecheck", "initcheck")),
     _tune(8),
     _bench("bench-8", "images-8", what="8 images, hidden 1024, all but torch.compile", needs=("tune-8",)),
@@ -231,6 +235,8 @@ def run_all(sections: Sequence[Section], out: Path, limit: float, commit: str, d
         seconds = seconds_left(section, started, limit)
         if not seconds:
             print(f"{section.name}: no time left")
+            if section.gate:
+                return UNFINISHED
             outcomes.append("unfinished")
             continue
         print(f"{section.name}: at most {seconds:.0f} s", flush=True)
@@ -244,7 +250,7 @@ def run_all(sections: Sequence[Section], out: Path, limit: float, commit: str, d
             unexercised.append(last.removeprefix("skipped: "))
         if section.gate and status != "done":
             print(f"{section.name} is not green, so nothing is timed")
-            return 1
+            return UNFINISHED if status == "unfinished" else 1
     if unexercised:
         print(f"cuda backend: not exercised ({'; '.join(dict.fromkeys(unexercised))})")
     return 1 if "failed" in outcomes else UNFINISHED if "unfinished" in outcomes else 0
@@ -259,7 +265,7 @@ def restore_table(out: Path, table: Path) -> None:
 
 
 def listing(sections: Sequence[Section]) -> str:
-    lines = [f"{section.name:<16}{section.limit:>4} s  {section.what}" for section in sections]
+    lines = [f"{section.name:<20}{section.limit:>4} s  {section.what}" for section in sections]
     return "\n".join([*lines, f"files: {', '.join(FILES)}"])
 
 

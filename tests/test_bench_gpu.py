@@ -17,6 +17,9 @@ from fila_kernels import dispatch, tuned
 ROOT = Path(__file__).resolve().parent.parent
 
 
+BEFORE = ["build", "correctness-matrix", "correctness-plans", "correctness-native"]
+
+
 def row(**values) -> dict[str, str]:
     """A line of a CSV, read back."""
     start = {
@@ -102,10 +105,10 @@ def test_gpu_sections_stay_within_the_limits(capsys):
     listed = capsys.readouterr().out
     for section in gpu.SECTIONS:
         assert section.limit <= 240
-        assert f"{section.name:<16}" in listed
-    first, second, *rest = gpu.SECTIONS
-    assert (first.name, second.gate) == ("build", True), "correctness comes before speed"
-    assert not any(section.gate for section in rest)
+        assert f"{section.name:<20}" in listed
+    gates = [section.gate for section in gpu.SECTIONS]
+    assert gates == [False, True, True, True] + [False] * (len(gates) - 4), "correctness comes before speed"
+    assert gpu.SECTIONS[0].name == "build"
     assert len(gpu.FILES) <= 8
     suites = {s for section in gpu.SECTIONS for part in section.command for s in part.split(",") if s in SUITES}
     assert suites == set(SUITES) - {"cpu", "tiny"}, "every suite of real shapes has its section"
@@ -121,7 +124,7 @@ def test_gpu_dry_run_names_commands_that_parse(tmp_path, capsys):
         assert "{" not in line
     assert gpu.main(["--dry-run", "--only", "bench-8"]) == 0
     only = capsys.readouterr().out
-    assert [line.split(":")[0] for line in only.splitlines()] == ["build", "correctness", "tune-8", "bench-8"]
+    assert [line.split(":")[0] for line in only.splitlines()] == [*BEFORE, "tune-8", "bench-8"]
     with pytest.raises(SystemExit):
         gpu.main(["--dry-run", "--only", "bench-9"])
 
@@ -217,6 +220,28 @@ def test_another_table_or_triton_is_measured_anew(tmp_path, monkeypatch):
     assert records.key(half) in done
     assert records.key(whole) not in done
     assert records.key(half | {"triton": "0.0"}) not in done
+
+
+def test_a_gate_that_ran_out_of_time_is_unfinished_and_green_ones_are_not_run_again(tmp_path, monkeypatch, capsys):
+    green = section("green", "print('green')", gate=True)
+    slow = section("slow", "import time; time.sleep(60)", limit=2, gate=True)
+    timed = section("timed", "print('timed')")
+    monkeypatch.setattr(gpu, "MARGIN", 0)
+    assert gpu.run_all([green, slow, timed], tmp_path, 0, "c1", "gpu") == gpu.UNFINISHED
+    assert gpu.run_all([green, slow, timed], tmp_path, 1.0, "c1", "gpu") == gpu.UNFINISHED
+    assert "green: done before" in capsys.readouterr().out
+    assert "timed" not in {s["section"] for s in gpu.read_states(tmp_path)}
+
+
+def test_the_correctness_sections_share_the_gpu_tests_without_gap_or_repetition():
+    matrix, plans, native = (each.command for each in gpu.SECTIONS if each.gate)
+    file = "tests/kernels/test_gpu.py"
+    assert "def test_matrix(" in (ROOT / file).read_text()
+    assert matrix[2:5] == (file, "-k", "test_matrix")
+    assert plans[2:5] == (file, "-k", "not test_matrix")
+    assert native[2:4] == ("tests/kernels", f"--ignore={file}")
+    assert matrix[5:] == plans[5:] == native[4:]
+    assert native[4:6] == ("-m", "gpu")
 
 
 @pytest.mark.parametrize(
