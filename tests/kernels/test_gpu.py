@@ -1,15 +1,17 @@
 """Every backend that runs on this GPU over the case matrix, forward and backward, against the definition in float64.
 
-`make gpu` runs the tests marked gpu before it times anything. The definition runs on the CPU, so that nothing a driver
-does can make both sides wrong alike.
+`make gpu` runs the tests marked gpu before it times anything. What is checked, and how, is in gpu_checks.py.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, DIFFERENTIABLE, REAL, Case, assert_close, gradients, ids, options
+from cases import CASES, DIFFERENTIABLE, REAL, Case, gradients, ids
+from gpu_checks import aligned_slice, channels_first, check, check_features_grad, check_in_place, on_device, unchanged
+from interpreter import ALIGNED, UNALIGNED
 
-from bench.verify import alpha_terms
-from fila_kernels import crop_resize, cvfm, dispatch, reference
+from fila_kernels import crop_resize, cvfm, dispatch
 
 BACKENDS = [name for name in dispatch.BACKENDS if name != "reference" and dispatch.available(name)[0]]
 pytestmark = [
@@ -18,37 +20,19 @@ pytestmark = [
 ]
 
 
-def on_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies with the same strides, what lies between sliced rows filled with NaN."""
-    moved = {}
-    for name, tensor in inputs.items():
-        if tensor.is_contiguous() or not tensor.is_floating_point():
-            moved[name] = tensor.cuda()
-            continue
-        size = 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        storage = torch.full((size,), float("nan"), dtype=tensor.dtype, device="cuda")
-        moved[name] = storage.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
-    return moved
-
-
-def check(case: Case, backend: str, dtype: torch.dtype, gate: str, wanted=DIFFERENTIABLE, **settings) -> None:
-    inputs = case.inputs(dtype)
-    wide = {name: t.double() if name in DIFFERENTIABLE else t for name, t in inputs.items()}
-    grad = torch.randn(inputs["tokens"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    grad = grad.to(dtype)
-    common = options(case) | {"gate": gate}
-    exact_out, exact = gradients(reference.cvfm, wide, grad, wanted, **common)
-    gpu = on_gpu(inputs)
-    eager_out, eager = gradients(reference.cvfm, gpu, grad.cuda(), wanted, **common)
-    out, found = gradients(cvfm, gpu, grad.cuda(), wanted, backend=backend, **common, **settings)
-    assert_close("out", out.cpu(), exact_out, eager_out.cpu())
-    for name in wanted:
-        largest = alpha_terms(wide, grad, gate, case.prefix) if name == "alpha" else None
-        assert_close(name, found[name].cpu(), exact[name], eager[name].cpu(), largest)
+TRITON = [name for name in BACKENDS if name == "triton"]
+PLANS = ("sample_first", "project_first")
+# Every row begins at a multiple of 16 bytes, as descriptors need it, and no width is past what one launch takes.
+NARROW = Case(
+    "narrow", tiles=6, grid=12, token_width=256, hidden_width=512, feature_width=192, images=2, height=20, width=24,
+    boxes="overlapping",
+)  # fmt: skip
+NARROWER = replace(NARROW, name="narrower", token_width=128, hidden_width=64, feature_width=384, prefix=0)
+LAYOUTS = [unchanged, channels_first, aligned_slice]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("case", [*CASES, ALIGNED, UNALIGNED], ids=ids)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matrix(backend, case, dtype):
     check(case, backend, dtype, "product")
@@ -68,6 +52,47 @@ def test_real_shape_by_every_plan(backend, settings):
     check(REAL, backend, torch.bfloat16, "product", **settings)
 
 
+@pytest.mark.parametrize("change", LAYOUTS)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("case", [NARROW, NARROWER, replace(NARROW, name="two_prefix", prefix=2)], ids=ids)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_plan_and_layout_of_whole_vectors(backend, case, plan, change):
+    check(case, backend, torch.bfloat16, change=change, plan=plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("change", LAYOUTS)
+@pytest.mark.parametrize(
+    "case",
+    [NARROW, NARROWER, replace(NARROW, name="widest", token_width=512), ALIGNED, UNALIGNED, *CASES[:3]],
+    ids=ids,
+)
+@pytest.mark.parametrize("backend", TRITON)
+def test_single_pass(backend, case, change, dtype):
+    check(case, backend, dtype, change=change, plan="single_pass")
+    check_in_place(case, backend, dtype, change=change, plan="single_pass")
+
+
+@pytest.mark.parametrize("change", LAYOUTS)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("case", [NARROW, NARROWER, ALIGNED, UNALIGNED, *CASES[:4]], ids=ids)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_place(backend, case, plan, change):
+    check_in_place(case, backend, torch.bfloat16, change=change, plan=plan)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("case", [NARROW, NARROWER, ALIGNED, UNALIGNED, *CASES[:3]], ids=ids)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_features_grad(backend, case, plan):
+    check_features_grad(case, backend, torch.bfloat16, plan=plan)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_into_one_graph(backend):
+    check(NARROW, backend, torch.bfloat16, function=torch.compile(cvfm, fullgraph=True))
+
+
 @pytest.mark.parametrize("frozen", DIFFERENTIABLE)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_input_frozen(backend, frozen):
@@ -81,7 +106,7 @@ def test_repeats_are_equal_to_the_last_bit(backend):
     case = Case(
         "repeat", tiles=40, grid=8, token_width=64, hidden_width=96, feature_width=32, images=1, height=16, width=16
     )
-    inputs = on_gpu(case.inputs(torch.bfloat16))
+    inputs = on_device(case.inputs(torch.bfloat16), "cuda")
     grad = torch.randn_like(inputs["tokens"])
     out, found = gradients(cvfm, inputs, grad, backend=backend)
     for _ in range(10):
@@ -93,7 +118,7 @@ def test_repeats_are_equal_to_the_last_bit(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_wild_boxes_and_indices_stay_in_memory(backend):
     """Values are not checked on a GPU, so they must be harmless: neighbours in memory are unchanged, NaN gives NaN."""
-    inputs = on_gpu(Case("wild", tiles=6).inputs(torch.float32))
+    inputs = on_device(Case("wild", tiles=6).inputs(torch.float32), "cuda")
     boxes = inputs["boxes"]
     boxes[0], boxes[1], boxes[2] = float("nan"), float("inf"), -1e30
     boxes[3] = torch.tensor([5.0, 5.0, 2.0, 2.0])

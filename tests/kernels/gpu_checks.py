@@ -1,0 +1,142 @@
+"""What test_gpu.py asks of a backend on a device; test_gpu_checks.py asks the same of `torch` on a CPU.
+
+The definition runs in float64 on the CPU, so that nothing a driver does can make both sides wrong alike.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from cases import DIFFERENTIABLE, Case, assert_close, gradients, options
+from test_accumulate import crop_resize_reads
+from torch import Tensor
+
+from bench.verify import alpha_terms
+from fila_kernels import cvfm, cvfm_, reference
+
+Inputs = Mapping[str, Tensor]
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+ROOM = 16  # elements beside a slice: a multiple of 16 bytes in every dtype
+
+
+def unchanged(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return inputs
+
+
+def channels_first(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Maps as a convolution leaves them: [B, C, h, w] in memory, seen as [B, h, w, C]."""
+    return inputs | {"features": inputs["features"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)}
+
+
+def aligned_slice(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tokens that are the middle of wider rows, every row at a multiple of 16 bytes, as descriptors need it."""
+    tokens = inputs["tokens"]
+    tiles, length, width = tokens.shape
+    wide = tokens.new_full((tiles, length + 1, width + 2 * ROOM), float("nan"))
+    wide[:, 1:, ROOM:-ROOM] = tokens
+    return inputs | {"tokens": wide[:, 1:, ROOM:-ROOM]}
+
+
+def placed(tensor: Tensor, device: str) -> Tensor:
+    """A copy with the same strides and offset; what lies before, between and after its rows is NaN."""
+    if tensor.is_contiguous() or not tensor.is_floating_point():
+        return tensor.to(device, copy=True)
+    offset = tensor.storage_offset()
+    size = 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    storage = torch.full((offset + size + ROOM,), float("nan"), dtype=tensor.dtype, device=device)
+    return storage.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
+
+
+def on_device(inputs: Inputs, device: str) -> dict[str, Tensor]:
+    return {name: placed(tensor, device) for name, tensor in inputs.items()}
+
+
+def in_double(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: tensor.double() if name in DIFFERENTIABLE else tensor for name, tensor in inputs.items()}
+
+
+def gradient_for(inputs: Inputs) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(inputs["tokens"].shape, generator=generator, dtype=torch.float64).to(inputs["tokens"].dtype)
+
+
+def check(
+    case: Case,
+    backend: str,
+    dtype: torch.dtype,
+    gate: str = "product",
+    wanted=DIFFERENTIABLE,
+    *,
+    device: str = "cuda",
+    change: Change = unchanged,
+    function: Callable[..., Tensor] = cvfm,
+    **settings,
+) -> None:
+    """The result and every wanted gradient within the bound."""
+    inputs = change(case.inputs(dtype))
+    wide, grad = in_double(inputs), gradient_for(inputs)
+    common = options(case) | {"gate": gate}
+    exact_out, exact = gradients(reference.cvfm, wide, grad, wanted, **common)
+    there, grad_there = on_device(inputs, device), grad.to(device)
+    eager_out, eager = gradients(reference.cvfm, there, grad_there, wanted, **common)
+    out, found = gradients(function, there, grad_there, wanted, backend=backend, **common, **settings)
+    assert_close("out", out.cpu(), exact_out, eager_out.cpu())
+    for name in wanted:
+        largest = alpha_terms(wide, grad, gate, case.prefix) if name == "alpha" else None
+        assert_close(name, found[name].cpu(), exact[name], eager[name].cpu(), largest)
+
+
+def check_in_place(
+    case: Case,
+    backend: str,
+    dtype: torch.dtype,
+    *,
+    device: str = "cuda",
+    change: Change = unchanged,
+    function: Callable[..., Tensor] = cvfm_,
+    **settings,
+) -> None:
+    """Tokens hold the result, prefix tokens and what lies around the tokens what they held."""
+    inputs = change(case.inputs(dtype))
+    exact = reference.cvfm(**in_double(inputs), **options(case))
+    there = on_device(inputs, device)
+    eager = reference.cvfm(**there, **options(case))
+    tokens = there["tokens"]
+    memory = tokens.untyped_storage().nbytes() // tokens.element_size()
+    whole = tokens.as_strided((memory,), (1,), 0)
+    outside = torch.ones_like(whole, dtype=torch.bool)
+    outside.as_strided(tokens.shape, tokens.stride(), tokens.storage_offset()).fill_(False)
+    prefix = tokens[:, : case.prefix].clone()
+    with torch.no_grad():
+        assert function(**there, **options(case), backend=backend, **settings) is tokens
+    assert_close("out", tokens.cpu(), exact, eager.cpu())
+    assert torch.equal(tokens[:, : case.prefix], prefix)
+    assert bool(whole[outside].isnan().all()), "written beside the tokens"
+
+
+def check_features_grad(
+    case: Case,
+    backend: str,
+    dtype: torch.dtype,
+    *,
+    device: str = "cuda",
+    change: Change = unchanged,
+    function: Callable[..., Tensor] = cvfm,
+    **settings,
+) -> None:
+    """Two calls add to one tensor, whose cells that nothing reads are NaN before and after."""
+    inputs = change(case.inputs(dtype))
+    wide, grad = in_double(inputs), gradient_for(inputs)
+    there, grad_there = on_device(inputs, device), grad.to(device)
+    _, exact = gradients(reference.cvfm, wide, grad, ("features",), **options(case))
+    _, eager = gradients(reference.cvfm, there, grad_there, ("features",), **options(case))
+    unread = ~crop_resize_reads(wide, case.grid)
+    start = torch.randn(exact["features"].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    total = start.masked_fill(unread, float("nan")).contiguous().to(device)
+    leaves = there | {name: there[name].detach().requires_grad_() for name in DIFFERENTIABLE}
+    for _ in range(2):
+        out = function(**leaves, **options(case), backend=backend, features_grad=total, **settings)
+        torch.autograd.grad(out, [leaves[name] for name in DIFFERENTIABLE], grad_there, allow_unused=True)
+    found, twice = total.cpu(), start + eager["features"].cpu() + eager["features"].cpu()
+    assert torch.equal(found.isnan(), unread.expand_as(found))
+    expected = start.double() + 2 * exact["features"]
+    assert_close("features_grad", *(each.masked_fill(unread, 0) for each in (found, expected, twice)))
