@@ -52,7 +52,7 @@ class Trial(tuned.Table):
         self.plans: dict[tuple[tuple[int, ...], str], dict[str, str]] = {}
         for entry in entries["plans"]:
             chosen = {direction: entry[direction] for direction in planner.DIRECTIONS}
-            self.plans[tuple(entry["shape"].values()), entry["dtype"]] = chosen
+            self.plans[planner.Shape(**entry["shape"]), entry["dtype"]] = chosen
         self.asked: dict[Key, torch.dtype] = {}
 
     def plan(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[dict[str, str], bool] | None:

@@ -6,13 +6,13 @@ import os
 import torch
 
 from fila_kernels import native
+from fila_kernels.shape import SINGLE_PASS_WIDTH
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "FILA_KERNELS_BACKEND"
 
-# One block of rows of the hidden activation has to stay on chip: in Triton within one multiprocessor, in CUDA over a
-# cluster of four, whose kernel is written for one width and capability.
-SINGLE_PASS_WIDTH = 512
+# In CUDA the hidden activation of a block of rows stays on a cluster of four multiprocessors; the kernel is written for
+# one width and capability.
 CUDA_SINGLE_PASS_WIDTH = 1024
 CUDA_SINGLE_PASS_CAPABILITY = (9, 0)
 

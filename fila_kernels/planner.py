@@ -2,40 +2,14 @@
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import NamedTuple
 
 import torch
 
 from fila_kernels import tuned
+from fila_kernels.shape import SINGLE_PASS_WIDTH, Shape
 
 PLANS = ("sample_first", "project_first", "single_pass")
 DIRECTIONS = ("forward", "weight_gradient", "feature_gradient")
-
-
-class Shape(NamedTuple):
-    """Sizes of one call: T tiles, P prefix tokens, G grid side, D, H, C widths, B maps of h x w cells."""
-
-    tiles: int
-    prefix: int
-    grid: int
-    token_width: int
-    hidden_width: int
-    feature_width: int
-    images: int
-    height: int
-    width: int
-
-    @property
-    def patches(self) -> int:
-        return self.grid * self.grid
-
-    @property
-    def samples(self) -> int:
-        return self.tiles * self.patches
-
-    @property
-    def cells(self) -> int:
-        return self.images * self.height * self.width
 
 
 @dataclass(frozen=True)
@@ -134,5 +108,7 @@ def choose(
     if measured is None:
         return _by_cost(shape, dtype, device)
     plans, exact = measured
+    if "single_pass" in plans.values() and max(shape.token_width, shape.hidden_width) > SINGLE_PASS_WIDTH:
+        return _by_cost(shape, dtype, device)  # an entry half as wide is near, what it measured cannot run here
     reason = f"tuned table of {_device_name(device)}: " + ("measured" if exact else "nearest entry")
     return Plan(**plans, reasons=dict.fromkeys(DIRECTIONS, reason))

@@ -22,6 +22,9 @@ from typing import Any
 
 import torch
 
+from fila_kernels.backends.triton.configs import config_from, plain
+from fila_kernels.shape import Shape
+
 SCHEMA = 1
 PLAN = "plan"  # beside the kernels' names
 FOLDER = Path(__file__).resolve().parent / "tables"
@@ -52,9 +55,10 @@ class Table:
         self._found: dict[Any, Any] = {}
         for entry in (entries or {}).get("plans", []):
             plans = {k: entry[k] for k in entry if k not in ("shape", "dtype")}
-            self._add(PLAN, entry["dtype"], tuple(entry["shape"].values()), plans)
+            self._add(PLAN, entry["dtype"], Shape(**entry["shape"]), plans)
         for entry in (entries or {}).get("configs", []):
-            self._add(entry["kernel"], entry["dtype"], tuple(entry["problem"]), dict(entry["config"]))
+            config = config_from(entry["kernel"], entry["config"])
+            self._add(entry["kernel"], entry["dtype"], tuple(entry["problem"]), plain(config))
 
     def _add(self, subject: str, dtype: str, sizes: tuple[int, ...], values: dict[str, Any]) -> None:
         self._measured.setdefault((subject, dtype), []).append((sizes, values))

@@ -8,8 +8,15 @@ import torch
 from cases import Case
 
 from fila_kernels import cvfm, planner, tuned
+from fila_kernels.backends.triton import configs
 
 SHAPE = planner.Shape(5, 1, 24, 1024, 1024, 1536, 1, 24, 24)
+
+
+def config(rows):
+    return configs.plain(configs.GemmConfig(rows, 128, 32, 8, 4))
+
+
 ENTRIES = {
     "schema": tuned.SCHEMA,
     "device": "Test GPU 1",
@@ -19,8 +26,8 @@ ENTRIES = {
         | {"feature_gradient": "sample_first"}
     ],
     "configs": [
-        {"kernel": "fc2", "problem": [2885, 1024, 1024], "dtype": "bfloat16", "config": {"block_m": 64}},
-        {"kernel": "fc2", "problem": [5770, 1024, 1024], "dtype": "bfloat16", "config": {"block_m": 128}},
+        {"kernel": "fc2", "problem": [2885, 1024, 1024], "dtype": "bfloat16", "config": config(64)},
+        {"kernel": "fc2", "problem": [5770, 1024, 1024], "dtype": "bfloat16", "config": config(128)},
     ],
 }
 
@@ -47,8 +54,8 @@ def test_nearest_entry_within_a_factor_of_two():
     assert table.plan(SHAPE._replace(tiles=11), bf16) is None
     assert table.plan(SHAPE._replace(prefix=0), bf16) is None
     assert table.plan(SHAPE, torch.float16) is None
-    assert table.config("fc2", (2885, 1024, 1024), bf16) == {"block_m": 64}
-    assert table.config("fc2", (4400, 1024, 1024), bf16) == {"block_m": 128}
+    assert table.config("fc2", (2885, 1024, 1024), bf16) == config(64)
+    assert table.config("fc2", (4400, 1024, 1024), bf16) == config(128)
     assert table.config("fc2", (20_000, 1024, 1024), bf16) is None
     assert table.config("fc1", (2885, 1024, 1024), bf16) is None
     assert not len(tuned.Table())
@@ -76,7 +83,34 @@ def test_planner_takes_the_table_for_triton_alone(folder, monkeypatch):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["{", '{"schema": 99}', "[]", '{"schema": 1, "plans": [{}]}'])
+def test_a_single_pass_that_was_measured_is_not_taken_where_it_cannot_run(folder, monkeypatch):
+    """An entry stands for widths up to twice its own; the single pass ends at 512."""
+    narrow = SHAPE._replace(token_width=512, hidden_width=512)
+    plans = {"shape": narrow._asdict(), "dtype": "bfloat16"} | dict.fromkeys(planner.DIRECTIONS, "sample_first")
+    entries = ENTRIES | {"plans": [plans | {"forward": "single_pass"}]}
+    tuned.path_of("Test GPU 1").write_text(json.dumps(entries))
+    monkeypatch.setattr(planner, "_device_name", lambda device: "Test GPU 1")
+    device = torch.device("cuda", 0)
+    assert planner.choose(narrow, torch.bfloat16, device, None, "triton").forward == "single_pass"
+    for wide in (SHAPE, narrow._replace(hidden_width=1024), narrow._replace(token_width=520)):
+        assert planner.choose(wide, torch.bfloat16, device, None, "triton").forward != "single_pass"
+
+
+def test_sizes_are_read_by_name():
+    shape = dict(sorted(SHAPE._asdict().items()))
+    assert tuple(shape.values()) != SHAPE
+    table = tuned.Table(ENTRIES | {"plans": [ENTRIES["plans"][0] | {"shape": shape}]})
+    assert table.plan(SHAPE, torch.bfloat16)[1]
+
+
+OLD = {"kernel": "fc2", "problem": [2885, 1024, 1024], "dtype": "bfloat16", "config": config(64) | {"unroll": 2}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", '{"schema": 99}', "[]", '{"schema": 1, "plans": [{}]}', json.dumps({"schema": 1, "configs": [OLD]}),
+     json.dumps({"schema": 1, "plans": [{"shape": {"tiles": 1}, "dtype": "bfloat16"}]})],
+)  # fmt: skip
 def test_a_table_that_cannot_be_used_warns_once_and_counts_as_none(folder, text):
     tuned.path_of("broken").write_text(text)
     with pytest.warns(UserWarning, match=r"broken.json is not used"):
