@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from fila_kernels.shape import SINGLE_PASS_WIDTH
+
 KERNELS = (
     "crop_resize", "crop_resize_backward", "fc1", "fc1_projected", "fc2", "single_pass",
     "gate_backward", "hidden_gradient", "input_gradient", "weight_gradient",
 )  # fmt: skip
 TAILED = ("fc1", "fc1_projected", "fc2")  # those whose tiles may have a second block of rows
-SINGLE_PASS_WIDTH = 512
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,15 @@ class Problem:
     k: int
     dtype: torch.dtype
     aligned: bool = True
+
+    @property
+    def vectorised(self) -> bool:
+        """Whether pointers load 16 bytes an access: Triton knows whether a size is a multiple of 16, and nothing less.
+
+        Asked of the sizes along which memory is dense: rows and columns of a weight's gradient, else columns and depth.
+        """
+        dense = (self.m, self.n) if self.kernel == "weight_gradient" else (self.n, self.k)
+        return self.aligned and not any(size % 16 for size in dense)
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,11 @@ def _compiles_well(config: GemmConfig, problem: Problem, device: Device) -> bool
     kernel, major = problem.kernel, device.capability[0]
     if problem.dtype == torch.float32 or device == INTERPRETER:
         return not config.warp_specialize
+    if not (config.tma or problem.vectorised or kernel == "single_pass"):
+        # Each element has an address of its own, which takes two registers: one tile a kernel leaves room for them.
+        small = kernel == "fc1_projected" or (kernel == "weight_gradient" and major == 10)
+        only = GemmConfig(64, 64 if small else 128, 32, 8, 4, split_epilogue=2, split_k=config.split_k)
+        return config == only
     heavy = kernel in ("fc1_projected", "hidden_gradient")
     square = config.rows * config.block_n == 128 * 32 * config.num_warps and config.block_n == 128
     if kernel == "single_pass":
@@ -244,6 +259,8 @@ def _gemm_tiles(problem: Problem, device: Device) -> list[GemmConfig]:
         ]
     else:
         tma = []
+    if not problem.vectorised:
+        return tma + [GemmConfig(64, n, 32, 8, 4, split_epilogue=2) for n in (128, 64)]
     pointer = [
         GemmConfig(m, n, k, warps, stages, split_epilogue=n // 64)
         for m, n, k, warps, stages in (
@@ -279,6 +296,12 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
 @cache
 def default(problem: Problem, device: Device) -> Config:
     """The config without a measurement: what the shape, the dtype and the device suggest."""
+    found = _suggested(problem, device)
+    assert supports(found, problem, device), f"{found} cannot run {problem} on {device.name}"
+    return found
+
+
+def _suggested(problem: Problem, device: Device) -> Config:
     if device == INTERPRETER:
         return _interpreted(problem)
     if problem.kernel in GATHERS:
