@@ -107,6 +107,20 @@ def check_cvfm(
         _expect(tensor.device == tokens.device, name, "device {} (as tokens)", tensor.device, tokens.device)
 
 
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First and past-the-last byte that the tensor's elements lie in."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether their elements lie in spans of memory that meet; compiled code orders reads and writes itself."""
+    if torch.compiler.is_compiling() or one.device != other.device or not (one.numel() and other.numel()):
+        return False
+    (first, last), (start, end) = _span(one), _span(other)
+    return first < end and start < last
+
+
 def check_features_grad(features_grad: Tensor | None, features: Tensor) -> None:
     """Raise `ValueError` unless the features' gradient can be added to `features_grad`."""
     if features_grad is None:
@@ -120,14 +134,9 @@ def check_features_grad(features_grad: Tensor | None, features: Tensor) -> None:
     _expect(features_grad.device == features.device, name, f"device {features.device}", features_grad.device)
     _expect(features_grad.is_contiguous(), name, "a contiguous tensor", f"strides {features_grad.stride()}")
     _expect(not features_grad.requires_grad, name, "a tensor that requires no gradient itself", "one that does")
+    _expect(not _overlap(features_grad, features), name, "no memory in common with features", "an overlap")
     if torch.is_grad_enabled():
         _expect(features.requires_grad, "features", "to require the gradient that features_grad is for", "no such")
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First and past-the-last byte that the tensor's elements lie in."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _apart(count: int, stride: int, size: int) -> bool:
@@ -149,11 +158,6 @@ def check_in_place(tokens: Tensor, others: dict[str, Tensor]) -> None:
     tiles_outside = _apart(length, per_token, width) and _apart(tiles, per_tile, (length - 1) * per_token + width)
     tokens_outside = _apart(tiles, per_tile, width) and _apart(length, per_token, (tiles - 1) * per_tile + width)
     _expect(tiles_outside or tokens_outside, "tokens", "elements that share no memory", f"strides {tokens.stride()}")
-    # Compiled code orders reads and writes of inputs that share memory itself.
-    if torch.compiler.is_compiling() or tokens.numel() == 0:
-        return
-    first, last = _span(tokens)
     for name, tensor in others.items():
-        start, end = _span(tensor)
-        apart = tensor.numel() == 0 or end <= first or last <= start or tensor.device != tokens.device
+        apart = not _overlap(tokens, tensor)
         _expect(apart, name, "no memory in common with tokens, which are overwritten", "an overlap")

@@ -159,6 +159,20 @@ def test_what_cannot_be_added_to_is_refused(change, message):
         crop_resize(inputs["features"], inputs["boxes"], inputs["image_index"], 4, features_grad=total)
 
 
+@pytest.mark.parametrize("shift", [0, 7])
+def test_a_total_in_the_features_own_memory_is_refused(shift):
+    """The backward pass reads features after it has written to the total."""
+    inputs = Case("refused").inputs(torch.float32)
+    features = inputs["features"]
+    memory = torch.zeros(features.numel() + shift)
+    inputs["features"] = memory[shift:].view(features.shape).copy_(features).detach().requires_grad_()
+    total = memory[: features.numel()].view(features.shape)
+    with pytest.raises(ValueError, match="features_grad: expected no memory in common with features, got an overlap"):
+        cvfm(**inputs, features_grad=total)
+    with pytest.raises(ValueError, match="features_grad: expected no memory in common with features, got an overlap"):
+        crop_resize(inputs["features"], inputs["boxes"], inputs["image_index"], 4, features_grad=total)
+
+
 def test_features_without_a_gradient_are_refused():
     inputs = Case("refused").inputs(torch.float32)
     with pytest.raises(ValueError, match="features: expected to require the gradient that features_grad is for"):
