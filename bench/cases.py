@@ -154,6 +154,10 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "hidden-4096-images-1": _stages(images=1, hidden_width=4096),
     "hidden-4096-images-8": _stages(images=8, hidden_width=4096),
     "hidden-4096-images-32": _stages(images=32, hidden_width=4096),
+    # Widths that one launch takes whole (`single_pass` of the triton backend).
+    "narrow": _stages(images=8, token_width=512, hidden_width=512),
+    # Where the vendor's library has its best chance.
+    "float32": _ends(dtype="float32"),
     "float16": _ends(dtype="float16"),
     "widths": _ends(token_width=768, hidden_width=768) + _ends(token_width=1280, hidden_width=1280),
     "grids": _ends(grid=16) + _ends(grid=27),

@@ -112,6 +112,14 @@ SECTIONS = (
     ),
     _bench("hidden-4096", "hidden-4096-images-8,hidden-4096-images-1", what="hidden 4096, 8 images and 1"),
     _bench("hidden-4096-32", "hidden-4096-images-32", what="hidden 4096, 32 images"),
+    _bench(
+        "narrow",
+        "narrow",
+        "--variants",
+        "tuned_eager,tapped_eager,library,torch,triton,triton_single_pass,triton_sample_first,cuda",
+        what="widths of 512: one fused launch against several",
+    ),
+    _bench("float32", "float32", what="float32, the widest and the largest map, against cuBLAS and eager"),
     _bench("also", "float16,widths,grids,no-prefix,one-tile,frozen", what="other dtypes, widths, grids; frozen"),
     Section(
         "first-call",

@@ -12,9 +12,21 @@ import torch
 
 from bench import build_native, goals, gpu, plots, records, sanitize
 from bench.cases import SUITES
+from bench.variants import REGISTRY
 from fila_kernels import dispatch, tuned
+from fila_kernels.backends.triton import configs
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_narrow_widths_and_float32_are_measured_on_a_gpu():
+    commands = {each.name: each.command for each in gpu.SECTIONS}
+    asked = set(commands["narrow"][commands["narrow"].index("--variants") + 1].split(","))
+    assert {"triton", "triton_single_pass", "triton_sample_first", "cuda", "tuned_eager", "library"} <= asked
+    assert asked <= set(REGISTRY)
+    assert all(max(c.token_width, c.hidden_width) <= configs.SINGLE_PASS_WIDTH for c in SUITES["narrow"])
+    assert {case.dtype for case in SUITES["float32"]} == {"float32"}
+    assert "float32" in commands["float32"]
 
 
 BEFORE = ["build", "correctness-matrix", "correctness-plans", "correctness-native"]
