@@ -72,6 +72,10 @@ class CVFM(nn.Module):
             layer = getattr(self, name)
             if type(layer) is not nn.Linear:
                 return f"{name} is a {type(layer).__name__}, whose weight cannot stand for what it computes"
+            if "forward" in vars(layer):
+                return f"{name} has a forward of its own, which only a call runs"
+            if hasattr(type(layer.weight), "__tensor_flatten__"):  # quantised or sharded: other tensors beneath
+                return f"{name}.weight is a {type(layer.weight).__name__}, which only a call can read"
             if layer.bias is None:
                 return f"{name} has no bias"
             if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:

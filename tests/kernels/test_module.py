@@ -86,6 +86,52 @@ def test_hooks_run():
     assert seen == [1]
 
 
+def test_a_layer_whose_forward_was_replaced_is_called():
+    """What accelerate does to offload: weights on meta until the layer's own `forward` brings them."""
+    module = CVFM(8, 6)
+    module.alpha.data.fill_(0.5)
+    expected = module(*arguments())
+    weight, bias = (parameter.detach() for parameter in (module.fc1.weight, module.fc1.bias))
+    module.fc1.forward = lambda x: nn.functional.linear(x, weight, bias)
+    module.fc1.to("meta")
+    assert module.fallback_reason == "fc1 has a forward of its own, which only a call runs"
+    torch.testing.assert_close(module(*arguments()), expected)
+
+
+class Halved(torch.Tensor):
+    """A weight kept as half of itself, as quantisation keeps one: a wrapper over another tensor."""
+
+    @staticmethod
+    def __new__(cls, half):
+        return torch.Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype, device=half.device)
+
+    def __init__(self, half):
+        self.half_of = half
+
+    def __tensor_flatten__(self):
+        return ["half_of"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, size, stride):
+        return Halved(inner["half_of"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return Halved(args[0].half_of)
+        plain = [arg.half_of * 2 if isinstance(arg, Halved) else arg for arg in args]
+        return function(*plain, **(kwargs or {}))
+
+
+def test_a_layer_whose_weight_wraps_another_tensor_is_called():
+    module = CVFM(8, 6)
+    module.alpha.data.fill_(0.5)
+    expected = module(*arguments())
+    module.fc1.weight = nn.Parameter(Halved(module.fc1.weight.detach() / 2), requires_grad=False)
+    assert module.fallback_reason == "fc1.weight is a Halved, which only a call can read"
+    torch.testing.assert_close(module(*arguments()), expected)
+
+
 @pytest.mark.parametrize("bad", [{"token_width": 0}, {"feature_width": -1}, {"hidden_width": 0}, {"gate": "sum"}])
 def test_bad_settings(bad):
     settings = {"token_width": 8, "feature_width": 6} | bad
