@@ -166,8 +166,10 @@ def test_a_compilers_complaint_does_not_break_the_library_without(build, tmp_pat
     unit = "CMakeFiles/fila_kernels.dir/csrc/build_info.cpp.o"
     done = subprocess.run([ninja, "-C", str(tmp_path), unit], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    expected = b'without_cuda=no instance of function "f(int)" matches, a \\ and `x` )\n'
-    assert expected in (tmp_path / unit).read_bytes()
+    expected = 'without_cuda=no instance of function "f(int)" matches, a \\ and `x` )\n'
+    assert expected in (tmp_path / "build_info.inc").read_text()
+    # A compiler may copy a string's last bytes by instructions.
+    assert expected[:-16].encode() in (tmp_path / unit).read_bytes()
 
 
 def test_demanding_kernels_of_a_library_that_is_not_built_is_an_error(tmp_path):
