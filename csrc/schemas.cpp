@@ -7,15 +7,17 @@
 
 STABLE_TORCH_LIBRARY(fila, m) {
   // features [B, h, w, C], boxes [T, 4] float32 y0 x0 y1 x1 in cells, image_index [T]  ->  [T, size, size, C].
-  // Without check_values any box and index is safe: indices are clamped, a box that is not finite gives NaN.
+  // Without check_values any box and index is safe: indices are clamped, a box that is not finite gives NaN. On CUDA
+  // values are never looked at, whatever check_values says: looking would wait for the device.
   m.def(
       "crop_resize(Tensor features, Tensor boxes, Tensor image_index, int size, *, bool check_values=True) -> Tensor");
   // grad [T, size, size, C]  ->  [images, height, width, C]
   m.def(
       "crop_resize_backward(Tensor grad, Tensor boxes, Tensor image_index, int images, int height, int width, *, "
       "bool check_values=True) -> Tensor");
-  // The fused forward pass; plan is "sample_first" or "project_first", gate "product" or "scale". Where they are given,
-  // hidden [T * N, H] takes fc1's result and branch [T * N, D] fc2's, for the backward pass.
+  // The fused forward pass; plan is "sample_first", "project_first" or, on CUDA, "single_pass", gate "product" or
+  // "scale". Where they are given, hidden [T * N, H] takes fc1's result and branch [T * N, D] fc2's, for the backward
+  // pass.
   m.def(
       "cvfm_forward(Tensor tokens, Tensor features, Tensor boxes, Tensor image_index, Tensor fc1_weight, "
       "Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor alpha, int num_prefix_tokens, str gate, str plan, "

@@ -242,7 +242,7 @@ def table(units: list[Unit]) -> str:
     largest = max(unit.megabytes for unit in units)
     lines = [
         f"Compiled by nvcc {units[0].nvcc} with CUTLASS {units[0].cutlass}: {seconds:.0f} processor seconds in all, "
-        f"{seconds / 2:.0f} s on two cores; at most {largest:,} MB a unit. No spills and no stack frame "
+        f"half of that for each of two cores; at most {largest:,} MB a unit. No spills and no stack frame "
         + ("anywhere." if not any(unit.spill_bytes or unit.stack_bytes for unit in units) else "but where named."),
         "",
         "| Unit | Architecture | Kernels | Registers | Spills | Stack | Instructions | Seconds | Memory |",
