@@ -33,7 +33,7 @@ test-transformers: setup ## run the model's tests on the oldest supported transf
 test-triton: setup ## run the Triton kernels' tests on the oldest supported Triton and the newest, and time them
 	$(RUN) tools/triton_versions.py $(ARGS)
 
-test-aot: setup ## compile every config that the tuner would try, by both Tritons, for five architectures (half an hour; goes on)
+test-aot: setup ## compile the products in bfloat16 with every config that the tuner would try, by both Tritons, for five architectures (half an hour; goes on)
 	$(RUN) tools/triton_versions.py --configs $(ARGS)
 
 test-cuda: setup ## compile every unit of csrc/cuda for three architectures, look at the binaries, record (no GPU)

@@ -175,6 +175,9 @@ def test_what_cannot_run_is_refused():
     assert not configs.supports(replace(good, block_m=256, block_n=256), problem, hopper)
     assert not configs.supports(replace(good, split_k=2), problem, hopper)
     assert not configs.supports(configs.GatherConfig(16, 64), problem, hopper)
+    backward = replace(problem, kernel="crop_resize_backward", k=0)
+    assert configs.supports(configs.GatherConfig(16, 64, 8), backward, hopper)
+    assert not configs.supports(configs.GatherConfig(16, 64, 4), backward, hopper)
     tailed = replace(good, tail_m=64)
     assert configs.supports(tailed, problem, hopper)
     for changed in (replace(tailed, tail_m=48), replace(tailed, tail_m=128), replace(tailed, tma=False)):

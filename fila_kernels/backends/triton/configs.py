@@ -204,6 +204,8 @@ def supports(config: Config, problem: Problem, device: Device) -> bool:
     if not all(_is_power_of_two(size) for size in (*sizes, config.num_warps)) or not 1 <= config.num_warps <= 16:
         return False
     if isinstance(config, GatherConfig):
+        if problem.kernel == "crop_resize_backward" and config.num_warps < 8:
+            return False  # the compiler stores registers of four warps away
         # 128 float32 values a thread.
         return problem.kernel in GATHERS and config.block_rows * config.block_columns <= 128 * 32 * config.num_warps
     if problem.kernel in GATHERS or min(sizes) < 16 or config.num_stages < 1:
@@ -306,7 +308,6 @@ def _suggested(problem: Problem, device: Device) -> Config:
         return _interpreted(problem)
     if problem.kernel in GATHERS:
         columns = min(128, max(16, power_of_two(problem.n)))
-        # With four warps the compiler stores one register of the backward gather away.
         warps = 8 if problem.kernel == "crop_resize_backward" else 4
         return GatherConfig(16 if problem.kernel != "gate_backward" else 32, columns, warps)
     if problem.kernel == "single_pass":
