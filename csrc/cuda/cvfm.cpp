@@ -4,6 +4,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -64,12 +65,30 @@ void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->mutable_data_ptr() : nullptr;
 }
 
-// x weight' + bias by torch's own library.
+// What an operator's kernel calls of torch is no part of a graph, whatever requires a gradient.
+class WithoutGraph {
+ public:
+  WithoutGraph() { aoti_torch_grad_mode_set_enabled(false); }
+  ~WithoutGraph() { aoti_torch_grad_mode_set_enabled(before_); }
+  WithoutGraph(const WithoutGraph&) = delete;
+  WithoutGraph& operator=(const WithoutGraph&) = delete;
+
+ private:
+  const bool before_ = aoti_torch_grad_mode_is_enabled();
+};
+
+// x weight' + bias by torch's own library. Into a tensor of our dtype: aten::linear itself is on autocast's list, and
+// would choose another for direct callers within torch.autocast.
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(std::optional<Tensor>(bias))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  const WithoutGraph without_graph;
+  const Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(std::optional<Tensor>(bias)),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  const Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
+  require(result.scalar_type() == x.scalar_type(), kOp, "expected torch's projection in the dtype of features");
+  return result;
 }
 
 // Samples of a map [B, h, w, K] into the patch rows of `rows` [T, L, K]; its prefix rows stay as they are.

@@ -11,6 +11,7 @@
 #include <cute/tensor.hpp>
 
 #include "epilogue.h"
+#include "launch.h"
 #include "two_operand_iterator.h"
 
 namespace fila {
@@ -225,7 +226,7 @@ struct Sm80Product {
       kernel<<<row_tiles * column_tiles, kThreads, kBytes, stream>>>(params);
       status = cudaGetLastError();
     }
-    return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+    return forget_error(status);
   }
 };
 

@@ -13,7 +13,9 @@
 
 #include <cute/tensor.hpp>
 
+#include "../tma.h"
 #include "epilogue.h"
+#include "launch.h"
 
 namespace fila {
 
@@ -326,6 +328,25 @@ struct TmaProduct {
     constexpr int kDepth = cute::size<2>(typename Config::TileShape{});
     const DepthTiles tiles = depth_tiles(product.first_depth, product.second_depth, kDepth);
 
+    const int64_t num_rows = product.num_rows, num_columns = product.num_columns;
+    const auto fault_of = [&](const Matrix& rows, int64_t first, int64_t depth) {
+      return tma_fault({{rows.data, rows.stride, num_rows, depth},
+                        {operand(product.weight, first), product.weight.stride, num_columns, depth}},
+                       sizeof(Scalar));
+    };
+    const char* fault =
+        tma_fault({{source.data, source.stride, num_rows, num_columns}, {out.data, out.stride, num_rows, num_columns}},
+                  sizeof(Scalar));
+    if (fault == nullptr) {
+      fault = fault_of(product.first, 0, product.first_depth);
+    }
+    if (fault == nullptr && product.second_depth > 0) {
+      fault = fault_of(product.second, product.first_depth, product.second_depth);
+    }
+    if (fault != nullptr) {
+      return fault;
+    }
+
     typename Gemm::Arguments arguments;
     arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
     arguments.problem_shape = {product.num_rows, product.num_columns, (tiles.first + tiles.second) * kDepth, 1};
@@ -340,9 +361,14 @@ struct TmaProduct {
     arguments.epilogue.dC = stride(source);
     arguments.epilogue.ptr_D = product.out;
     arguments.epilogue.dD = stride(out);
-    cudaGetDevice(&arguments.hw_info.device_id);
-    arguments.hw_info.sm_count =
-        cutlass::KernelHardwareInfo::query_device_multiprocessor_count(arguments.hw_info.device_id);
+    cudaError_t error = cudaGetDevice(&arguments.hw_info.device_id);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&arguments.hw_info.sm_count, cudaDevAttrMultiProcessorCount,
+                                     arguments.hw_info.device_id);
+    }
+    if (error != cudaSuccess) {
+      return forget_error(error);
+    }
 
     Gemm gemm;
     if (Gemm::get_workspace_size(arguments) != 0) {
@@ -359,7 +385,7 @@ struct TmaProduct {
       return nullptr;
     }
     // What the runtime says is more than CUTLASS passes on; asked for, it is also forgotten.
-    const cudaError_t error = cudaGetLastError();
+    error = cudaGetLastError();
     return error == cudaSuccess ? cutlassGetStatusString(status) : cudaGetErrorString(error);
   }
 };

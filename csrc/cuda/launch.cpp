@@ -40,6 +40,7 @@ void check_cuda(cudaError_t status, const char* kernel, std::initializer_list<in
   if (status == cudaSuccess) {
     return;
   }
+  cudaGetLastError();  // it would be the next launch's
   std::ostringstream message;
   message << kernel << " for [";
   const char* separator = "";

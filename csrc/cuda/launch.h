@@ -19,6 +19,11 @@ void check_launch(const char* kernel, std::initializer_list<int64_t> shape);
 // The same for a call of the runtime itself.
 void check_cuda(cudaError_t status, const char* kernel, std::initializer_list<int64_t> shape);
 
+// Null for success, else what failed. The runtime is made to forget it: the next launch would be blamed for it.
+inline const char* forget_error(cudaError_t status) {
+  return status == cudaSuccess ? nullptr : cudaGetErrorString((static_cast<void>(cudaGetLastError()), status));
+}
+
 // The compute capability of a device, major * 10 + minor.
 int compute_capability(int32_t device);
 

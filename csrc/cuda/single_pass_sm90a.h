@@ -23,8 +23,10 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 
 #include "../single_pass_index.h"
+#include "../tma.h"
 #include "element.h"
 #include "epilogue.h"
+#include "launch.h"
 #include "single_pass.h"
 
 namespace fila {
@@ -452,6 +454,14 @@ const char* launch_single_pass(const SinglePass& call, CUstream_st* stream) {
                                cute::_1{});
   };
   const auto& maps = call.maps;
+  const int64_t width = kSinglePassWidth;
+  const char* fault = tma_fault({{call.tokens.data, call.tokens.stride, call.num_rows, width},
+                                 {call.fc1_weight.data, call.fc1_weight.stride, width, width + maps.channels},
+                                 {call.fc2_weight.data, call.fc2_weight.stride, width, width}},
+                                sizeof(Scalar));
+  if (fault != nullptr) {
+    return fault;
+  }
   const typename Kernel::Params params{
       cute::make_tma_copy(cute::SM90_TMA_LOAD_MULTICAST{}, matrix(call.tokens, 0, call.num_rows, kSinglePassWidth),
                           typename Kernel::RowLayout{}(cute::_, cute::_, 0), typename Kernel::RowTile{},
@@ -485,7 +495,7 @@ const char* launch_single_pass(const SinglePass& call, CUstream_st* stream) {
     kernel<<<static_cast<unsigned>(clusters * kClusterBlocks), kSinglePassThreads, kBytes, stream>>>(params);
     status = cudaGetLastError();
   }
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return forget_error(status);
 }
 
 }  // namespace fila
