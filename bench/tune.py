@@ -34,6 +34,7 @@ from fila_kernels.backends.triton.configs import Config, Problem
 
 GAIN = 0.005  # what a config or plan has to gain over the default; two measurements of one differ by less
 WORKERS = 8
+SHARED_IMAGES = 16  # images a call at most while processes compile side by side
 Key = tuple[str, tuple[int, ...], str]  # kernel, sizes, dtype
 
 
@@ -254,8 +255,9 @@ class Tuner:
         """Run every `of`-th candidate once, so that Triton's cache holds it when its time is taken."""
         number = 0
         for case in cases:
-            # Sizes are no constants of a kernel; few images leave room on the device for all processes.
-            inputs = (case := dataclasses.replace(case, images=min(case.images, 8))).inputs(0, self.device)
+            # Of its sizes a kernel knows whether they are 1 or multiples of 16, and 16 images agree with 32 in that; no
+            # more than these leave room on the device for all processes.
+            inputs = (case := dataclasses.replace(case, images=min(case.images, SHARED_IMAGES))).inputs(0, self.device)
             grad = torch.randn_like(inputs["tokens"])
             for plan in plans_for(case):
                 call = self.call(case, inputs, grad, plan)

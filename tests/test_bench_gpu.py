@@ -10,13 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import build_native, goals, gpu, plots, records, sanitize
+from bench import build_native, goals, gpu, plots, records, sanitize, tune
 from bench.cases import SUITES
 from bench.variants import REGISTRY
 from fila_kernels import dispatch, tuned
 from fila_kernels.backends.triton import configs
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_what_is_compiled_ahead_is_what_is_timed():
+    """Triton compiles a kernel anew where a size becomes 1 or a multiple of 16."""
+    for suite in ("images-1", "images-8", "images-32"):
+        for case in SUITES[suite]:
+            ahead = dataclasses.replace(case, images=min(case.images, tune.SHARED_IMAGES))
+            for sizes in zip(tune.shape_of(case), tune.shape_of(ahead), strict=True):
+                assert len({(size == 1, size % 16 == 0) for size in sizes}) == 1, (case.name, sizes)
+            rows = [c.tiles * (c.prefix + c.grid**2) % 16 == 0 for c in (case, ahead)]
+            assert rows[0] == rows[1], case.name
 
 
 def test_narrow_widths_and_float32_are_measured_on_a_gpu():
