@@ -52,7 +52,8 @@ bool has_linear(const Tensor& x, const Tensor& weight) {
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  AtenTensorHandle bias_handle = bias.get();
+  const Tensor dense = bias.is_contiguous() ? bias : torch::stable::contiguous(bias);  // oneDNN reads no strides
+  AtenTensorHandle bias_handle = dense.get();
   AtenTensorHandle result = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu__linear_pointwise(x.get(), weight.get(), &bias_handle, "none", nullptr, 0, nullptr, &result));
