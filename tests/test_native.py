@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzz_native
 import pytest
 import torch
 
@@ -434,9 +435,45 @@ def test_ten_thousand_mutated_calls_are_refused_or_right():
         env={**os.environ, "PYTHONPATH": str(root)},
     )  # fmt: skip
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
-    ran, refused = (int(word) for word in re.findall(r"\d+", done.stdout))
+    ran, refused, judged = (int(word) for word in re.findall(r"\d+", done.stdout))
     assert ran > 1000
     assert refused > 1000
+    assert judged > 1000
+
+
+@needs_library
+@pytest.mark.parametrize("name", fuzz_native.FUZZED)
+def test_a_fuzzed_result_one_percent_off_is_found(name, monkeypatch):
+    honest = fuzz_native.operator
+    monkeypatch.setattr(fuzz_native, "FUZZED", (name,))
+    fuzz_native.fuzz(100, 0)
+    monkeypatch.setattr(fuzz_native, "operator", lambda name: lambda **arguments: honest(name)(**arguments) * 1.01)
+    with pytest.raises(AssertionError, match=f"{name} result: error"):
+        fuzz_native.fuzz(100, 0)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["hidden", "branch"])
+def test_a_kept_tensor_that_is_not_written_is_found(name, monkeypatch):
+    honest = fuzz_native.operator
+    monkeypatch.setattr(fuzz_native, "FUZZED", ("cvfm_forward",))
+    monkeypatch.setattr(fuzz_native, "operator", lambda op: lambda **given: honest(op)(**given | {name: None}))
+    with pytest.raises(AssertionError, match=f"{name}: error nan"):
+        fuzz_native.fuzz(100, 0)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["fc1_bias", "fc2_bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_bias_of_any_stride(name, dtype):
+    """oneDNN reads a bias as if it were dense."""
+    arguments = {n: torch.randn_like(t) if t.is_floating_point() and n != "boxes" else t
+                 for n, t in cvfm_arguments().items() if isinstance(t, torch.Tensor)}  # fmt: skip
+    arguments = {n: t.to(dtype) if t.is_floating_point() and n != "boxes" else t for n, t in arguments.items()}
+    call = {"num_prefix_tokens": 1, "gate": "product", "plan": "sample_first"}
+    for bias in (arguments[name][:1].expand_as(arguments[name]), arguments[name].repeat_interleave(2)[::2]):
+        want = torch.ops.fila.cvfm_forward(**arguments | {name: bias.contiguous()}, **call)
+        assert torch.equal(torch.ops.fila.cvfm_forward(**arguments | {name: bias}, **call), want)
 
 
 @needs_library
