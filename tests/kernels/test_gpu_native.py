@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES, Case, assert_close, ids, options
-from test_gpu import check, on_gpu
+from gpu_checks import check, on_device
 
 from fila_kernels import cvfm, dispatch, native, reference
 from fila_kernels.backends import cuda, eager
@@ -207,7 +207,7 @@ def single_pass():
 @pytest.mark.parametrize("case", SINGLE_PASS, ids=ids)
 def test_single_pass_and_what_it_keeps(only_compiled, single_pass, case, dtype, gate):
     inputs = case.inputs(dtype)
-    gpu = on_gpu(inputs)
+    gpu = on_device(inputs, "cuda")
     kept = {
         name: torch.full((case.tiles * case.grid**2, width), float("nan"), dtype=dtype, device="cuda")
         for name, width in (("hidden", case.hidden_width), ("branch", case.token_width))
@@ -247,7 +247,7 @@ def test_what_the_products_keep_is_the_definitions(dtype, plan):
         name: torch.full((case.tiles * case.grid**2, width), float("nan"), dtype=dtype, device="cuda")
         for name, width in (("hidden", case.hidden_width), ("branch", case.token_width))
     }
-    out = torch.ops.fila.cvfm_forward(**on_gpu(inputs), **options(case), gate="product", plan=plan, **kept)
+    out = torch.ops.fila.cvfm_forward(**on_device(inputs, "cuda"), **options(case), gate="product", plan=plan, **kept)
     judge_forward(inputs, case.prefix, "product", out, **kept)
 
 
@@ -257,7 +257,7 @@ FUSED = Case("fused", tiles=9, grid=7, token_width=64, hidden_width=128, feature
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_fused_pass_follows_streams_and_graphs(only_compiled, plan):
     """Late inputs on a side stream, and inputs changed after a capture: both as a plain call has them."""
-    first, second = (on_gpu(FUSED.inputs(torch.bfloat16, seed)) for seed in (0, 1))
+    first, second = (on_device(FUSED.inputs(torch.bfloat16, seed), "cuda") for seed in (0, 1))
     settings = {"plan": plan, "backend": "cuda"}
     wanted = [cvfm(**inputs, **settings) for inputs in (first, second)]
     assert not torch.equal(*wanted)
@@ -286,7 +286,7 @@ def test_the_fused_pass_follows_streams_and_graphs(only_compiled, plan):
 @pytest.mark.parametrize("plan", PLANS)
 def test_autocast_does_not_reach_into_the_operator(plan):
     """The projection is PyTorch's own product, which autocast would hand on in its dtype."""
-    inputs = on_gpu(FUSED.inputs(torch.bfloat16))
+    inputs = on_device(FUSED.inputs(torch.bfloat16), "cuda")
     call = options(FUSED) | {"gate": "product", "plan": plan}
     want = torch.ops.fila.cvfm_forward(**inputs, **call)
     with torch.autocast("cuda", torch.float16):
