@@ -60,8 +60,8 @@ gpu: ## on a machine with an NVIDIA GPU: correctness, tuning, benchmarks, end to
 	@PYTHONPATH=. $(PYTHON) -m bench.gpu $(ARGS)
 
 train-nano: setup ## train fila-nano from nothing into runs/nano (hours on a CPU; goes on where it stopped)
-	for stage in vision text align tune; do $(RUN) -m fila.training.run $$stage --out runs/nano $(ARGS) || exit; done
-	$(RUN) -m fila.training.export --run runs/nano --out runs/nano/fila-nano
+	for stage in vision text align tune; do $(RUN) -m recipes.nano.train $$stage --out runs/nano $(ARGS) || exit; done
+	$(RUN) -m recipes.nano.checkpoint --run runs/nano --out runs/nano/fila-nano
 
 clean: ## remove builds and caches (.venv stays)
 	rm -rf build dist *.egg-info fila_kernels/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from fila import explain, inference
+from fila import inference, visualize
 from fila.images import load_image
 
 FOLDER = Path(__file__).resolve().parent
@@ -60,10 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     rows, right, backend = [], 0, {}
     for number, (picture, question, expected) in enumerate(CASES, 1):
         image = load_image(FOLDER / picture)
-        with explain.watch_gates(model) as gates:
+        with visualize.watch_gates(model) as gates:
             said = inference.answer(model, processor, image, question, name=picture)
         layout = processor.image_processor.geometry.layout(image.height, image.width)
-        drawn = explain.draw(image, layout, question, said.text, gates)
+        drawn = visualize.draw(image, layout, question, said.text, gates)
         drawn.save(options.out / f"{number}-{Path(picture).stem}.png")
         right += said.text == expected
         backend = said.backend

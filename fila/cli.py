@@ -183,18 +183,18 @@ def _answer(
     model: Any, processor: Any, picture: str, name: str, question: str, max_new_tokens: int, explained: Path | None
 ) -> dict[str, Any]:
     """One answer as plain values, with the explaining picture written if `explained` says where."""
-    from fila import explain, inference
+    from fila import inference, visualize
 
     # Decoded once, for the model and for the drawing.
     image, notes = inference.read_picture(_source(picture), processor, name)
-    with explain.watch_gates(model) as gates, memory_for(f"{name} and its answer"):
+    with visualize.watch_gates(model) as gates, memory_for(f"{name} and its answer"):
         found = inference.answer(model, processor, image, question, max_new_tokens=max_new_tokens, name=name)
     record = asdict(found)
     record["warnings"] = [*notes, *found.warnings]
     if explained is not None:
         layout = processor.image_processor.geometry.layout(image.height, image.width)
         try:
-            explain.draw(image, layout, question, found.text, gates).save(explained)
+            visualize.draw(image, layout, question, found.text, gates).save(explained)
         except OSError as error:
             raise ValueError(f"--explain: expected a file that can be written, got: {one_line(error)}") from error
         record["explained"] = {

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import GenerationConfig
 
 import fila_kernels
+from fila.checkpoints.load import CheckpointError, load, quiet
 from fila.geometry import Layout
 from fila.images import ImageSource, ImageWarning, load_image
-from fila.loading import CheckpointError, load, quiet
 from fila.modeling import FilaForConditionalGeneration
 from fila.processing import FilaProcessor
 

@@ -3,7 +3,7 @@
 import importlib.metadata
 from typing import Any
 
-from fila.loading import SHIPPED, WEIGHTS, resolve_device
+from fila.checkpoints.load import SHIPPED, WEIGHTS, resolve_device
 from fila_kernels import info as kernels_info
 
 PACKAGES = ("fila", "transformers", "tokenizers", "safetensors", "pillow")

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from fila.configuration import FilaConfig, FilaVisionConfig
-from fila.tokenization import BOS, EOS, IMAGE, PAD, VOCABULARY
 
 NANO_CANVASES = [[64, 128], [128, 64], [128, 128], [192, 64], [64, 192]]
 
@@ -67,7 +66,7 @@ def fila_nano() -> FilaConfig:
         ),
         text_config=dict(
             model_type="llama",
-            vocab_size=len(VOCABULARY),
+            vocab_size=102,
             hidden_size=192,
             intermediate_size=512,
             num_hidden_layers=4,
@@ -75,11 +74,11 @@ def fila_nano() -> FilaConfig:
             num_key_value_heads=4,
             initializer_range=0.05,
             max_position_embeddings=1024,
-            bos_token_id=VOCABULARY[BOS],
-            eos_token_id=VOCABULARY[EOS],
-            pad_token_id=VOCABULARY[PAD],
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         ),
-        image_token_index=VOCABULARY[IMAGE],
+        image_token_index=4,
         tie_word_embeddings=True,  # what is read is what is written
     )
 

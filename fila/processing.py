@@ -18,7 +18,7 @@ class FilaProcessor(LlavaNextProcessor):
     Args:
         image_processor: a `FilaImageProcessor`; its geometry gives the number of image tokens.
         tokenizer: any fast tokenizer that has the image token. To generate in batches it has to pad on the left, as
-            `fila.tokenization.build_character_tokenizer` does.
+            `recipes.nano.tokenizer.build_character_tokenizer` does.
         chat_template: by default the tokenizer's.
         image_token: the placeholder, where the tokenizer does not name one.
 
@@ -37,7 +37,7 @@ class FilaProcessor(LlavaNextProcessor):
     Example:
         >>> from PIL import Image
         >>> from fila import FilaImageProcessor, FilaProcessor
-        >>> from fila.tokenization import build_character_tokenizer
+        >>> from recipes.nano.tokenizer import build_character_tokenizer
         >>> processor = FilaProcessor(FilaImageProcessor(), build_character_tokenizer())
         >>> inputs = processor(images=Image.new("RGB", (336, 672)), text="<image>What?", return_tensors="pt")
         >>> inputs["input_ids"].shape, inputs["pixel_values"].shape

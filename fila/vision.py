@@ -195,7 +195,7 @@ class FilaVisionModel(PreTrainedModel):
     def encode(self, views: Tensor, rasters: list[Tensor], groups: list[ViewGroup], **kwargs) -> Tensor:
         """[T, 3, tile, tile] views, group by group, and each group's rasters [B_group, 3, h, w]: [T, 1 + N, D].
 
-        Without fusion there are no rasters. It looks at no value, so that `torch.export` can trace it (`fila.export`).
+        Without fusion there are no rasters. It looks at no value, so that `torch.export` can trace it (`fila.aot`).
         """
         dtype = self.vit.embeddings.patch_embedding.weight.dtype
         x = self.vit.pre_layrnorm(self.vit.embeddings(views.to(dtype)))

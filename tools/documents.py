@@ -3,7 +3,7 @@
     python tools/documents.py           # rewrite what is between <!-- generated: NAME --> and <!-- end -->
     python tools/documents.py --check   # exit 1 where a document is out of date
 
-Sources: `fila/checkpoints/fila-nano/training/*.json` (held-out scores), `bench/results/*.csv` (times), the presets
+Sources: `fila/pretrained/fila-nano/training/*.json` (held-out scores), `bench/results/*.csv` (times), the presets
 themselves (parameter counts), and the bench's own lists of columns, goals and sections.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/kernels.md", "docs/model.md", "docs/nano.md")
-RECORD = ROOT / "fila/checkpoints/fila-nano/training"
+RECORD = ROOT / "fila/pretrained/fila-nano/training"
 CPU = ROOT / "bench/results/cvfm_cpu.csv"
 CROP_RESIZE_CPU = ROOT / "bench/results/crop_resize_cpu.csv"
 COMPILED = ROOT / "bench/results/compiled_kernels.csv"

@@ -1,7 +1,8 @@
 """The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: `make test-sanitize`.
 
-Builds the library and csrc/tests with both (into build/sanitize), runs the C++ tests, tests/test_native.py and part of
-the fuzz over that library, and shows with planted faults, in C++ and in Python, that a fault would have been seen.
+Builds the library and csrc/tests with both sanitizers (into build/sanitize), then runs the C++ tests,
+tests/kernels/test_native.py and part of the fuzz over that library. Planted faults, in C++ and in Python, show that a
+fault would have been seen.
 """
 
 import os
@@ -90,8 +91,10 @@ def main() -> int:
 
     # The fuzz follows by itself; opcheck is about torch, and the symbols are those of a build without sanitizers.
     select = ["-q", "-p", "no:cacheprovider", "-k", "not ten_thousand and not opcheck and not symbols"]
-    run(sys.executable, "-c", RUN_PYTEST, LIBRARY, "tests/test_native.py", *select, **environment)
-    run(sys.executable, "-c", RUN_SCRIPT, LIBRARY, "tests/fuzz_native.py", str(FUZZED_CALLS), "1", **environment)
+    run(sys.executable, "-c", RUN_PYTEST, LIBRARY, "tests/kernels/test_native.py", *select, **environment)
+    run(
+        sys.executable, "-c", RUN_SCRIPT, LIBRARY, "tests/kernels/fuzz_native.py", str(FUZZED_CALLS), "1", **environment
+    )
     print("test-sanitize: nothing found")
     return 0
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fila import FilaForConditionalGeneration, FilaImageProcessor, FilaProcessor, preset
-from fila.loading import load
-from fila.tokenization import build_character_tokenizer
+from fila.checkpoints.load import load
+from recipes.nano.tokenizer import build_character_tokenizer
 from tests.model.tiny_checkpoint import save_checkpoint
 
 

@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fila import FilaForConditionalGeneration
+from fila.checkpoints.load import GENERATION, REQUIRED_FILES, WEIGHTS, WEIGHTS_INDEX
 from fila.geometry import Geometry
 from fila.images import ImageError
 from fila.inference import CheckpointError, answer, answer_batch, load
-from fila.loading import GENERATION, REQUIRED_FILES, WEIGHTS, WEIGHTS_INDEX
 from tests.model.tiny_checkpoint import save_checkpoint
 
 TENSOR = "model.image_newline"

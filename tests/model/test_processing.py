@@ -11,7 +11,7 @@ from transformers import AutoProcessor
 
 from fila import FilaImageProcessor, FilaProcessor, Geometry
 from fila.images import ImageError
-from fila.tokenization import build_character_tokenizer
+from recipes.nano.tokenizer import build_character_tokenizer
 
 NANO_CANVASES = ((128, 256), (256, 128), (256, 256), (384, 128), (128, 384))
 IMAGE_ID = 4

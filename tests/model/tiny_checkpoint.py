@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from fila import FilaForConditionalGeneration, FilaImageProcessor, FilaProcessor, preset
-from fila.tokenization import build_character_tokenizer
+from recipes.nano.tokenizer import build_character_tokenizer
 
 
 def save_checkpoint(folder: Path, fusion: str = "deep", alpha: float = 0.5) -> Path:

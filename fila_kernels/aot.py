@@ -1,0 +1,97 @@
+"""Out of Python: exported graphs that call the operators of the native library in place of this package's own.
+
+The operators of namespace `fila_kernels` are registered in Python, so that a C++ process has none of them. Those of
+`fila` come with libfila_kernels.so: a process that loads it (`dlopen` will do) runs what was exported like this::
+
+    with torch.no_grad():
+        exported = torch.export.export(module, arguments, dynamic_shapes=...)
+    exported = exported.run_decompositions(fila_kernels.aot.decompositions())
+    torch._inductor.aoti_compile_and_package(exported, package_path="module.pt2")
+
+The plan is settled on the way, from the sizes of the example arguments where sizes are dynamic: every plan is exact,
+and this one then serves all sizes. Values of boxes and indices are not looked at, as in any compiled graph; any is
+safe.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fila_kernels import native, ops, planner
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """The table that `ExportedProgram.run_decompositions` takes: `fila_kernels`' operators to the native library's.
+
+    It holds `cvfm` and `crop_resize` of the `torch` backend, forward.
+
+    Raises:
+        RuntimeError: the native library is not there. While the table is applied: the graph was exported with gradients
+            on or for another backend, or the library does not serve its dtype or device.
+
+    Example:
+        >>> from fila_kernels import crop_resize
+        >>> class Sampler(torch.nn.Module):
+        ...     def forward(self, maps, boxes, image_index):
+        ...         return crop_resize(maps, boxes, image_index, 2)
+        >>> arguments = torch.ones(1, 4, 4, 3), torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.tensor([0])
+        >>> exported = torch.export.export(Sampler(), arguments).run_decompositions(decompositions())
+        >>> [node.target for node in exported.graph.nodes if node.op == "call_function"]
+        [<OpOverload(op='fila.crop_resize', overload='default')>]
+    """
+    loaded, reason = native.load()
+    if not loaded:
+        raise RuntimeError(f"exported graphs call the native library, which is {reason}")
+    own = getattr(torch.ops, ops.NAMESPACE)
+    return {
+        own.crop_resize.default: _crop_resize,
+        own.cvfm_forward.default: _cvfm_forward,
+    }
+
+
+def _require_served(tensor: Tensor, backend: str) -> None:
+    if backend != "torch":
+        raise RuntimeError(f"expected a graph exported with backend 'torch', which C++ can run, got {backend!r}")
+    served, reason = native.serves(tensor.dtype, tensor.device)
+    if not served:
+        raise RuntimeError(f"this graph cannot leave Python: {reason}")
+
+
+def _example(size: int | torch.SymInt) -> int:
+    """A size of the example arguments: what a symbol stood for when it was traced."""
+    if isinstance(size, int):
+        return size
+    if size.node.hint is None:
+        raise RuntimeError(f"expected sizes known from the example arguments, got {size}; name a plan for this module")
+    return int(size.node.hint)
+
+
+def _dense_channels(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _crop_resize(features, boxes, image_index, size, backend="torch"):  # type: ignore[no-untyped-def]
+    _require_served(features, backend)
+    return torch.ops.fila.crop_resize(_dense_channels(features), boxes, image_index, size, check_values=False)
+
+
+def _cvfm_forward(  # type: ignore[no-untyped-def]
+    tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
+    num_prefix_tokens, gate, plan, save_hidden, save_branch, backend="torch",
+):  # fmt: skip
+    _require_served(tokens, backend)
+    if save_hidden or save_branch:
+        raise RuntimeError("expected a graph exported under torch.no_grad(), got one that keeps tensors for a gradient")
+    sizes = [_example(size) for size in (*tokens.shape, *features.shape, fc1_weight.shape[0])]
+    tiles, length, width, images, height, map_width, channels, hidden_width = sizes
+    shape = planner.Shape(
+        tiles, num_prefix_tokens, round((length - num_prefix_tokens) ** 0.5), width, hidden_width, channels,
+        images, height, map_width,
+    )  # fmt: skip
+    chosen = planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend).forward
+    out = torch.ops.fila.cvfm(
+        tokens, _dense_channels(features), boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
+        num_prefix_tokens, gate, chosen, check_values=False,
+    )  # fmt: skip
+    return out, tokens.new_empty((0,)), tokens.new_empty((0,))

@@ -1,0 +1,1 @@
+"""How the models of this project are trained: code and settings that use `fila` and that nothing in it imports."""

@@ -1,0 +1,58 @@
+"""Turns a finished run into a checkpoint that users load, and keeps the run's record beside it.
+
+    python -m recipes.nano.checkpoint --run runs/nano --out fila/pretrained/fila-nano
+
+Writes bf16 safetensors with configuration, processor and tokenizer; the training heads are dropped. The logs of the
+stages go into `training/` there. A run whose gates all ended closed is refused: its ConvNeXt was never used.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from fila.image_processing import FilaImageProcessor
+from fila.processing import FilaProcessor
+from recipes.nano.stages import STAGES
+from recipes.nano.tokenizer import build_character_tokenizer
+from recipes.nano.train import build
+
+LEAST_GATE = 0.05
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.nano.checkpoint", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder written by recipes.nano.train")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--stage", default="tune", choices=STAGES, help="stage whose averaged weights are taken")
+    parser.add_argument("--preset", default="fila-nano")
+    args = parser.parse_args(argv)
+    trainee, geometry = build(args.preset)
+    saved = torch.load(args.run / f"{args.stage}.pt", weights_only=True)
+    expected = {name for name, _ in trainee.named_parameters()}
+    if expected != set(saved["average"]):
+        raise ValueError(f"expected {len(expected)} weights of {args.preset}, got {len(saved['average'])} others")
+    trainee.load_state_dict(saved["average"], strict=False)  # not strict: a tied weight is stored once
+    model = trainee.export
+    gates = [fusion.alpha.item() for fusion in model.model.vision_tower.fusion]
+    if max(map(abs, gates)) < LEAST_GATE:
+        raise ValueError(f"expected a gate of at least {LEAST_GATE}, got {gates}: the ConvNeXt was never used")
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    FilaProcessor(FilaImageProcessor.from_geometry(geometry), build_character_tokenizer()).save_pretrained(args.out)
+    record = args.out / "training"
+    record.mkdir(exist_ok=True)
+    for stage in STAGES:
+        log = args.run / f"{stage}.csv"
+        if log.exists():
+            shutil.copy(log, record / log.name)
+    size = sum(f.stat().st_size for f in args.out.glob("*.safetensors")) / 1e6
+    print(f"step {saved['step']} of {args.stage}; gates {[round(g, 3) for g in gates]}; {size:.1f} MB at {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

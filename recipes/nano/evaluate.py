@@ -1,0 +1,85 @@
+"""Asks a checkpoint about generated pages it has not seen, and scores cut and intact answers apart.
+
+    python -m recipes.nano.evaluate --model fila/pretrained/fila-nano --count 1000 --out score.json
+
+The pages are of the test split: other font families, other words. Needs the fonts that `recipes/nano/pages/fonts.json`
+lists.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fila.inference import load
+from fila.modeling import FilaForConditionalGeneration
+from fila.processing import FilaProcessor
+from recipes.nano.pages.fonts import FontSet
+from recipes.nano.pages.sample import Sample, make_sample
+from recipes.nano.score import Answered, report
+
+LONGEST = 16  # tokens: twelve characters, the end, and room to be wrong in
+
+
+@torch.inference_mode()
+def predict(model: FilaForConditionalGeneration, processor: FilaProcessor, samples: list[Sample]) -> list[str]:
+    """Greedy answers to each sample's own question, as one batch."""
+    asked = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question}]}],
+            add_generation_prompt=True,
+        )
+        for sample in samples
+    ]
+    inputs = processor(images=[s.image for s in samples], text=asked, padding=True, return_tensors="pt")
+    out = model.generate(**inputs.to(model.device), max_new_tokens=LONGEST, do_sample=False)
+    return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m recipes.nano.evaluate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", type=Path, help="checkpoint folder; the shipped one by default")
+    parser.add_argument("--split", choices=("train", "test"), default="test")
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=900_000_000, help="seed of the first page; the others follow")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--builtin-font", action="store_true", help="Pillow's own face instead of the listed fonts")
+    parser.add_argument("--no-fusion", action="store_true", help="close every gate: what the tiles alone can answer")
+    parser.add_argument("--out", type=Path, help="write the report here as JSON, and the answers beside it (.jsonl)")
+    args = parser.parse_args(argv)
+    model, processor = load(args.model)
+    if args.no_fusion:
+        for fusion in model.model.vision_tower.fusion:
+            fusion.alpha.data.zero_()
+    fonts = FontSet.builtin() if args.builtin_font else FontSet.installed(args.split)
+    answered, lines, start = [], [], time.monotonic()
+    for first in range(0, args.count, args.batch):
+        seeds = range(args.seed + first, args.seed + min(first + args.batch, args.count))
+        samples = [make_sample(seed, split=args.split, fonts=fonts) for seed in seeds]
+        for seed, sample, said in zip(seeds, samples, predict(model, processor, samples), strict=True):
+            answered.append(Answered(sample.answer, said, sample.cut, sample.kind))
+            lines.append({"seed": seed, "question": sample.question, "answer": sample.answer, "predicted": said,
+                          "cut": sample.cut, "kind": sample.kind})  # fmt: skip
+        right = sum(a.correct for a in answered)
+        left = (time.monotonic() - start) / len(answered) * (args.count - len(answered))
+        print(
+            f"\r{len(answered)}/{args.count} right {right / len(answered):.1%}, {left:.0f} s left", end="", flush=True
+        )
+    print()
+    scores = report(answered)
+    if args.out:
+        args.out.write_text(json.dumps({"split": args.split, "seed": args.seed, **scores}, indent=1) + "\n")
+        args.out.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for side in ("intact", "cut"):
+        s = scores[side]
+        print(
+            f"{side}: {s['correct']} of {s['count']} right, {s['exact_match']:.1%} ({s['low']:.1%} to {s['high']:.1%})"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""Trains `fila-nano`, stage by stage, resumable at any moment.
+
+    python -m recipes.nano.train vision --out runs/nano      # the two halves of stage 0 may run side by side
+    python -m recipes.nano.train text   --out runs/nano
+    python -m recipes.nano.train align  --out runs/nano      # stage 1
+    python -m recipes.nano.train tune   --out runs/nano      # stage 2
+
+Each stage writes `<stage>.pt` (state, averaged weights, optimiser, step) and `<stage>.csv` (the log) into the folder
+and goes on from them when started again. A stage begins with what the stages before it have learned.
+
+On several cores, one process a core is faster than one process with several threads; each takes its share of a batch:
+
+    torchrun --nproc-per-node 2 -m recipes.nano.train tune --out runs/nano --threads 1
+"""
+
+import argparse
+import csv
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, distributed, nn
+
+from fila.geometry import Geometry
+from fila.image_processing import FilaImageProcessor
+from fila.modeling import FilaForConditionalGeneration
+from fila.presets import preset
+from recipes.nano.data import Curriculum, Pages, loader
+from recipes.nano.pages.fonts import FontSet
+from recipes.nano.stages import STAGES, Stage, Trainee
+from recipes.nano.tokenizer import build_character_tokenizer
+
+PREDECESSORS = {"vision": (), "text": (), "align": ("vision", "text"), "tune": ("vision", "text", "align")}
+SEEDS = {"vision": 0, "text": 10_000_000, "align": 200_000_000, "tune": 300_000_000}  # no page is met in two stages
+ALPHA_RATE = 10.0
+WEIGHT_DECAY = 0.02
+CLIP = 1.0
+EMA_DECAY = 0.998
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m recipes.nano.train", description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and logs")
+    parser.add_argument("--preset", default="fila-nano")
+    parser.add_argument("--init", type=Path, help="checkpoint folder whose weights to begin with instead of fresh ones")
+    parser.add_argument("--steps", type=int, help="optimiser steps instead of the recipe's")
+    parser.add_argument("--batch", type=int, help="pages a step instead of the recipe's")
+    parser.add_argument("--lr", type=float, help="peak learning rate instead of the recipe's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pages")
+    parser.add_argument("--builtin-font", action="store_true", help="Pillow's own face instead of the listed fonts")
+    parser.add_argument("--save-minutes", type=float, default=5.0)
+    args = parser.parse_args(argv)
+    given = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr)) if v is not None}
+    stage = replace(STAGES[args.stage], **given)
+    torch.set_num_threads(args.threads)
+    train(args, args.stage, stage)
+    return 0
+
+
+def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
+    """Runs one stage to its end, from its last checkpoint if there is one."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if stage.batch % world:
+        raise ValueError(f"expected a batch that {world} processes can share, got {stage.batch}")
+    if world > 1:
+        distributed.init_process_group("gloo")
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    trainee, geometry = build(args.preset, cropping=stage.cropping)
+    trainee.freeze(stage)
+    if args.init:
+        weights = load_file(args.init / "model.safetensors")
+        missing = trainee.export.load_state_dict(weights, strict=False).missing_keys
+        if set(missing) - {"lm_head.weight"}:  # tied, so stored once
+            raise ValueError(f"{args.init}: expected the weights of {args.preset}, got none for {missing}")
+    for before in PREDECESSORS[name]:
+        learned = torch.load(args.out / f"{before}.pt", weights_only=True)["average"]
+        trainee.load_state_dict(learned, strict=False)
+    learning = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
+    optimizers = make_optimizers(learning, stage.lr)
+    average = {n: p.detach().clone() for n, p in learning.items()}
+    step = 0
+    checkpoint = args.out / f"{name}.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        trainee.load_state_dict(saved["learning"], strict=False)
+        average.update(saved["average"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        step = saved["step"]
+        print(f"{name}: going on from step {step}", flush=True)
+
+    tokenizer = build_character_tokenizer()
+    length = stage.steps * stage.batch
+    fonts = FontSet.builtin() if args.builtin_font else FontSet.installed("train")
+
+    def drawn(rules: Geometry) -> Pages:
+        return Pages(
+            FilaImageProcessor.from_geometry(rules),
+            tokenizer,
+            rules,
+            fonts,
+            split="train",
+            seed=args.seed + SEEDS[name],
+            length=length,
+            render=name != "text",
+            crowded=stage.crowded,
+        )
+
+    full = drawn(geometry)
+    pages: Pages | Curriculum = full
+    if stage.easy:
+        pages = Curriculum(drawn(replace(geometry, rule="direct")), full, int(stage.easy * length))
+    settings = {"stage": asdict(stage), "seed": args.seed, "threads": args.threads, "processes": world}
+    log = None if rank else Log(args.out / f"{name}.csv", settings)
+    trainee.train()
+    saved_at = time.monotonic()
+    for batch in loader(pages, stage.batch // world, step * stage.batch + rank, args.workers, stride=world):
+        rate = set_rate(optimizers, step, stage)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = trainee(name, batch)
+        dense = stage.dense[0] + (stage.dense[1] - stage.dense[0]) * step / stage.steps
+        total = sum(loss * (1.0 if part == "answer" else dense) for part, loss in losses.items())
+        trainee.zero_grad(set_to_none=True)
+        total.backward()
+        if world > 1:
+            average_gradients(learning.values(), world)
+        norm = nn.utils.clip_grad_norm_(learning.values(), CLIP)
+        if torch.isfinite(norm):
+            for optimizer in optimizers:
+                optimizer.step()
+        step += 1
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in learning.values()], 1 - decay)
+        if log is None:
+            continue
+        log.add(step, stage.steps, losses, norm, rate, trainee)
+        if step == stage.steps or time.monotonic() - saved_at > args.save_minutes * 60:
+            save(checkpoint, learning, average, optimizers, step)
+            saved_at = time.monotonic()
+    if log is not None:
+        log.close()
+    if world > 1:
+        distributed.destroy_process_group()
+
+
+def average_gradients(parameters: Iterable[Tensor], world: int) -> None:
+    """Every process's gradients become their mean, sent as one tensor."""
+    parameters = list(parameters)
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([g.flatten() for g in grads])
+    distributed.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.div_(world).split([g.numel() for g in grads]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def build(name: str, cropping: bool = True) -> tuple[Trainee, Geometry]:
+    """A fresh model of that preset with its training heads, set to crop or not, and the geometry that follows."""
+    config = preset(name)
+    if not cropping:
+        config.vision_config.high_res_rule = "direct"
+    return Trainee(FilaForConditionalGeneration(config)), config.vision_config.geometry()
+
+
+def make_optimizers(learning: Mapping[str, Tensor], lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the towers, AdamW for the rest, with gates faster and nothing but kernels decayed."""
+    matrices, kernels, plain, gates = [], [], [], []
+    for name, parameter in learning.items():
+        if name.endswith(".alpha"):
+            gates.append(parameter)
+        elif parameter.ndim < 2 or "embed" in name:
+            plain.append(parameter)
+        elif parameter.ndim == 2 and not name.startswith("heads"):
+            matrices.append(parameter)
+        else:
+            kernels.append(parameter)
+    groups = [
+        {"params": kernels, "weight_decay": WEIGHT_DECAY, "factor": 1.0},
+        {"params": plain, "weight_decay": 0.0, "factor": 1.0},
+        {"params": gates, "weight_decay": 0.0, "factor": ALPHA_RATE},
+    ]
+    adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), fused=True)
+    # Its steps have AdamW's size, so that one rate serves both.
+    muon = torch.optim.Muon(
+        [{"params": matrices, "factor": 1.0}], lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+    )
+    return [adam, muon]
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], step: int, stage: Stage) -> float:
+    """Linear warm-up, then a cosine down to a fiftieth."""
+    progress = step / max(1, stage.steps)
+    rate = stage.lr * min(1.0, (step + 1) / stage.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+    return rate
+
+
+def save(path: Path, learning: dict, average: dict, optimizers: list[torch.optim.Optimizer], step: int) -> None:
+    """Writes the checkpoint beside the old one and swaps, so that an interrupted write loses nothing."""
+    state = {
+        "learning": {n: p.detach() for n, p in learning.items()},
+        "average": average,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "step": step,
+    }
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+class Log:
+    """The run's record: a CSV row and a printed line every `every` steps."""
+
+    every = 25
+
+    def __init__(self, path: Path, settings: dict):
+        self.file = path.open("a", newline="")
+        self.writer = csv.writer(self.file)
+        self.sums: dict[str, float] = {}
+        self.count, self.since = 0, time.monotonic()
+        print(settings, flush=True)
+
+    def add(
+        self, step: int, steps: int, losses: dict[str, Tensor], norm: Tensor, rate: float, trainee: Trainee
+    ) -> None:
+        for part, loss in losses.items():
+            self.sums[part] = self.sums.get(part, 0.0) + float(loss.detach())
+        self.count += 1
+        if step % self.every and step != steps:
+            return
+        seconds = (time.monotonic() - self.since) / self.count
+        row: dict[str, float | str] = {"step": step}
+        row |= {part: round(total / self.count, 4) for part, total in self.sums.items()}
+        row |= {"norm": round(float(norm), 3), "lr": f"{rate:.2e}", "s": round(seconds, 3)}
+        for i, fusion in enumerate(trainee.model.vision_tower.fusion):
+            row[f"alpha{i}"] = round(fusion.alpha.item(), 4)
+        if self.file.tell() == 0:
+            self.writer.writerow(row)
+        self.writer.writerow(row.values())
+        self.file.flush()
+        left = (steps - step) * seconds / 60
+        print(" ".join(f"{k} {v}" for k, v in row.items()), f"left {left:.0f} min", flush=True)
+        self.sums, self.count, self.since = {}, 0, time.monotonic()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

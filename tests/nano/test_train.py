@@ -1,0 +1,196 @@
+"""Training end to end at two steps a stage: targets, freezing, resuming, export and evaluation."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fila import preset
+from fila.image_processing import FilaImageProcessor
+from recipes.nano import checkpoint, evaluate, train
+from recipes.nano.data import (
+    CLASSES,
+    HELD,
+    IGNORE,
+    NUM_CLASSES,
+    SLOTS,
+    Pages,
+    character_map,
+    collate,
+    coverage_map,
+    view_labels,
+)
+from recipes.nano.pages.fonts import FontSet
+from recipes.nano.pages.sample import Glyph, make_sample
+from recipes.nano.stages import STAGES, Trainee, dense_loss
+from recipes.nano.tokenizer import ASSISTANT, EOS, VOCABULARY, build_character_tokenizer
+
+NAMES = {number: char for char, number in CLASSES.items()}
+
+
+def nano_pages(render: bool = True) -> Pages:
+    geometry = preset("fila-nano").vision_config.geometry()
+    return Pages(
+        FilaImageProcessor.from_geometry(geometry),
+        build_character_tokenizer(),
+        geometry,
+        FontSet.builtin(),
+        split="train",
+        seed=0,
+        length=8,
+        render=render,
+    )
+
+
+def test_maps_hold_every_character_on_its_line():
+    for seed in range(20):
+        sample = make_sample(seed, split="train", fonts=FontSet.builtin(), render=False)
+        characters, coverage = character_map(sample, 8), coverage_map(sample)
+        assert characters.shape == (sample.canvas[0] // 8, sample.canvas[1] // 8, SLOTS)
+        held = Counter(NAMES[c] for c in characters[..., :HELD].flatten().tolist() if c)
+        assert held == Counter(g.char for g in sample.glyphs)
+        for glyph in sample.glyphs:
+            patch = characters[int(glyph.line // 8), int(glyph.cx // 8), :HELD].tolist()
+            assert CLASSES[glyph.char] in patch
+            assert glyph.char == " " or coverage[int(glyph.cy // 4), int(glyph.cx // 4)] > 0
+        text = "".join(NAMES[c] for row in characters for patch in row for c in patch[:HELD].tolist() if c)
+        assert all(char in text for char in sample.answer)
+
+
+def test_a_patch_knows_the_character_before_it_and_no_farther_than_two_patches():
+    glyphs = [
+        Glyph("g", 1.0, 5.0, 4.0),
+        Glyph(".", 5.0, 7.0, 4.0),
+        Glyph("b", 18.0, 4.0, 4.0),
+        Glyph("c", 50.0, 4.0, 4.0),
+    ]
+    sample = replace(
+        make_sample(0, split="train", fonts=FontSet.builtin(), render=False), glyphs=glyphs, canvas=(64, 64)
+    )
+    row = character_map(sample, 8)[0]
+    assert [[NAMES.get(c, "") for c in patch] for patch in row[[0, 1, 2, 6]].tolist()] == [
+        ["g", ".", "", ""], ["", "", "", ""], ["b", "", "", "."], ["c", "", "", ""]]  # fmt: skip
+
+
+def test_view_labels_follow_the_tiles_and_leave_the_global_view_out():
+    pages = nano_pages(render=False)
+    page = next(pages[i] for i in range(8) if pages[i].layout.rows == pages[i].layout.columns == 2)
+    labels = view_labels(page.characters, page.layout)
+    assert labels.shape == (5, 64, SLOTS)
+    assert (labels[0] == IGNORE).all()
+    assert torch.equal(labels[4].view(8, 8, SLOTS), page.characters[8:, 8:])
+    assert torch.equal(labels[2].view(8, 8, SLOTS), page.characters[:8, 8:])
+
+
+def test_patches_without_characters_count_little_and_ignored_ones_nothing():
+    logits = torch.randn(3, SLOTS * NUM_CLASSES)
+    labels = torch.tensor([[3, 0, 0, 0], [0, 0, 0, 0], [IGNORE] * SLOTS])
+    each = torch.nn.functional.cross_entropy(logits.view(-1, NUM_CLASSES)[:8], labels[:2].flatten(), reduction="none")
+    expected = (each[:4].sum() + 0.1 * each[4:].sum()) / (4 + 0.1 * 4)
+    torch.testing.assert_close(dense_loss(logits, labels), expected)
+
+
+@pytest.mark.parametrize("transcribe", [False, True])
+def test_a_conversation_asks_everything_and_learns_only_answers(transcribe):
+    pages = nano_pages(render=False)
+    sample = make_sample(0, split="train", fonts=pages.fonts, geometry=pages.geometry, render=False)
+    page = pages.page(sample, transcribe)
+    text = pages.tokenizer.decode(page.input_ids)
+    learned = pages.tokenizer.decode(page.labels[page.labels >= 0])
+    answers = [answer for _, answer in sample.questions] + ["|".join(sample.lines)] * transcribe
+    assert learned == "".join(answer + EOS for answer in answers)
+    assert all(f"{question}{ASSISTANT}{answer}{EOS}" in text for question, answer in sample.questions)
+    assert (page.input_ids == VOCABULARY["<image>"]).sum() == page.layout.num_tokens
+
+
+def test_half_of_the_pages_can_be_crowded_and_a_quarter_is_transcribed():
+    pages = nano_pages(render=False)
+    pages.crowded = 0.5
+    glyphs = [
+        len(make_sample(i, split="train", fonts=pages.fonts, render=False, crowded=i < 5).glyphs) for i in range(8)
+    ]
+    assert [(pages[i].characters[..., :HELD] > 0).sum().item() for i in range(8)] == glyphs
+    transcribed = ["Read the page." in pages.tokenizer.decode(pages[i].input_ids) for i in range(8)]
+    assert transcribed == [True, False, False, False] * 2
+
+
+@pytest.mark.parametrize("name", ["vision", "text", "align", "tune"])
+def test_a_stage_moves_what_it_trains_and_nothing_else(name):
+    torch.manual_seed(0)
+    trainee, geometry = train.build("fila-nano", cropping=STAGES[name].cropping)
+    assert isinstance(trainee, Trainee)
+    trainee.freeze(STAGES[name])
+    pages = nano_pages(render=name != "text")
+    pages.geometry, pages.processor = geometry, FilaImageProcessor.from_geometry(geometry)
+    for fusion in trainee.model.vision_tower.fusion:
+        fusion.alpha.data.fill_(0.1)
+    sum(trainee(name, collate([pages[0], pages[1]], 0)).values()).backward()
+    moved = {n.split(".")[2] if "vision_tower" in n else n.split(".")[1] if n.startswith("model") else n.split(".")[0]
+             for n, p in trainee.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}  # fmt: skip
+    assert (
+        moved
+        == {
+            "vision": {"vit", "convnext", "heads"},
+            "text": {"language_model", "image_newline", "grid_text"},
+            "align": {"multi_modal_projector", "fusion", "heads"},
+            "tune": {"vit", "convnext", "fusion", "heads", "multi_modal_projector", "language_model", "image_newline"},
+        }[name]
+    )
+
+
+def stage(name: str, out, *more: str) -> None:
+    options = [
+        "--steps",
+        "3",
+        "--batch",
+        "2",
+        "--workers",
+        "0",
+        "--threads",
+        "1",
+        "--builtin-font",
+        "--save-minutes",
+        "0",
+    ]
+    assert train.main([name, "--out", str(out), *options, *more]) == 0
+
+
+def test_an_interrupted_stage_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    stage("text", tmp_path / "whole")
+    add = train.Log.add
+
+    def interrupted(self, step, *args):
+        if step == 3:
+            raise KeyboardInterrupt
+        add(self, step, *args)
+
+    monkeypatch.setattr(train.Log, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stage("text", tmp_path / "broken")
+    monkeypatch.setattr(train.Log, "add", add)
+    assert torch.load(tmp_path / "broken/text.pt", weights_only=True)["step"] == 2
+    stage("text", tmp_path / "broken")
+    whole, broken = (torch.load(tmp_path / name / "text.pt", weights_only=True) for name in ("whole", "broken"))
+    assert broken["step"] == 3
+    for name, value in whole["average"].items():
+        assert torch.equal(value, broken["average"][name]), name
+
+
+def test_all_stages_export_and_evaluation(tmp_path, monkeypatch, capsys):
+    out, model = tmp_path / "run", tmp_path / "model"
+    for name in STAGES:
+        stage(name, out)
+    with pytest.raises(ValueError, match="expected a gate of at least"):
+        checkpoint.main(["--run", str(out), "--out", str(model)])
+    monkeypatch.setattr(checkpoint, "LEAST_GATE", 0.0)
+    assert checkpoint.main(["--run", str(out), "--out", str(model)]) == 0
+    assert sum(f.stat().st_size for f in model.glob("*.safetensors")) < 16e6
+    assert {log.stem for log in (model / "training").glob("*.csv")} == set(STAGES)
+    report = tmp_path / "score.json"
+    arguments = ["--model", str(model), "--count", "3", "--batch", "2", "--builtin-font", "--out", str(report)]
+    assert evaluate.main(arguments) == 0
+    assert json.loads(report.read_text())["all"]["count"] == 3
+    assert len(report.with_suffix(".jsonl").read_text().splitlines()) == 3
+    assert "intact:" in capsys.readouterr().out
