@@ -26,7 +26,7 @@ from bench.settings import RESULTS, slug
 from bench.timing import Runner, interleaved
 from bench.variants import BACKENDS, absent
 from fila import FilaVisionConfig, FilaVisionModel, preset
-from fila.presets import PRESETS
+from fila.configuration import PRESETS
 from fila_kernels import CVFM
 
 OPERATIONS = {"tower": "forward", "tower-step": "forward+backward"}

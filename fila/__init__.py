@@ -8,11 +8,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 # Not from the top level: without torchvision, transformers 5.17 has a stand-in there that only raises.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from fila.configuration import FilaConfig, FilaVisionConfig
+from fila.configuration import FilaConfig, FilaVisionConfig, preset
 from fila.geometry import Geometry, Layout
 from fila.image_processing import FilaImageProcessor
 from fila.modeling import FilaForConditionalGeneration, FilaModel
-from fila.presets import preset
 from fila.processing import FilaProcessor
 from fila.vision import FilaVisionModel
 

@@ -75,7 +75,7 @@ def parameters() -> str:
     import torch
 
     from fila import FilaForConditionalGeneration
-    from fila.presets import PRESETS
+    from fila.configuration import PRESETS
 
     columns = []
     for preset in PRESETS.values():

@@ -27,10 +27,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 
+from fila.configuration import preset
 from fila.geometry import Geometry
 from fila.image_processing import FilaImageProcessor
 from fila.modeling import FilaForConditionalGeneration
-from fila.presets import preset
 from recipes.nano.data import Curriculum, Pages, loader
 from recipes.nano.pages.fonts import FontSet
 from recipes.nano.stages import STAGES, Stage, Trainee

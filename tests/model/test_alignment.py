@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fila.configuration import preset
 from fila.geometry import LLAVA_NEXT_CANVASES, Geometry, Layout, Rect, fit
 from fila.image_processing import FilaImageProcessor, _normalize, _place
-from fila.presets import preset
 
 AMPLITUDE = 110  # room for the overshoot of a bicubic filter
 PRECISION = 0.15  # of a coordinate read back, in pixels of the frame it is read in

@@ -10,8 +10,8 @@ from transformers import LlavaNextModel, LlavaNextProcessor
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
 
+from fila.configuration import preset
 from fila.geometry import LLAVA_NEXT_CANVASES, Geometry, Rect, fit, select_canvas
-from fila.presets import preset
 
 NANO_CANVASES = ((128, 256), (256, 128), (256, 256), (384, 128), (128, 384))
 PAPER = Geometry()

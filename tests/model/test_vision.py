@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from transformers import CLIPVisionModel
 
 from fila import FilaVisionConfig, FilaVisionModel, preset
-from fila.presets import NANO_CANVASES
+from fila.configuration import NANO_CANVASES
 
 
 def nano_vision(**fields) -> FilaVisionModel:
