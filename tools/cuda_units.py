@@ -23,7 +23,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "csrc" / "cuda"
@@ -65,25 +64,38 @@ class Unit:
     cutlass: str
 
 
-def setup_module() -> ModuleType:
-    """setup.py, for how it finds the tools."""
-    spec = importlib.util.spec_from_file_location("fila_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def find_tool(name: str) -> str | None:
+    """A program of this Python's environment, else of the system."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+
+
+def discover(**variables: str) -> dict[str, str]:
+    """The variables that csrc/discover.cmake prints when CUDA kernels are demanded.
+
+    Raises:
+        RuntimeError: something is missing, with CMake's message.
+    """
+    cmake = find_tool("cmake")
+    if cmake is None:
+        raise RuntimeError("CMake was not found")
+    settings = {"FILA_PYTHON": sys.executable, "FILA_CUDA": "1", **variables}
+    command = [cmake, *(f"-D{key}={value}" for key, value in settings.items())]
+    done = subprocess.run(
+        [*command, "-P", str(ROOT / "csrc" / "discover.cmake")], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(" ".join(re.split(r"CMake Error at .*:\n", done.stderr)[-1].split()))
+    return dict(re.findall(r"^(\w+)=(.*)$", done.stderr, re.MULTILINE))
 
 
 def missing_tool(disassemble: bool = True) -> str | None:
     """What this machine lacks to compile the units, and to take binaries apart, or None."""
-    tools = setup_module()
-    if tools.find_nvcc() is None:
-        return "nvcc was not found"
-    if tools.find_cutlass() is None:
-        return "the headers of CUTLASS were not found (pip install --no-deps nvidia-cutlass==4.2.0.0)"
-    if tools.find_tool("cmake") is None or tools.find_tool("ninja") is None:
-        return "CMake or ninja was not found"
+    try:
+        discover()
+    except RuntimeError as error:
+        return str(error)
+    if find_tool("ninja") is None:
+        return "ninja was not found"
     if disassemble and disassembler() is None:
         return "cuobjdump was found neither beside nvcc nor in the package triton"
     return None
@@ -91,8 +103,7 @@ def missing_tool(disassemble: bool = True) -> str | None:
 
 def disassembler() -> str | None:
     """cuobjdump, of the CUDA toolkit or of Triton."""
-    nvcc = setup_module().find_nvcc()
-    found = shutil.which("cuobjdump", path=str(nvcc.parent) if nvcc else None)
+    found = shutil.which("cuobjdump", path=str(Path(discover()["CMAKE_CUDA_COMPILER"]).parent))
     spec = importlib.util.find_spec("triton")
     if found is None and spec is not None and spec.origin is not None:
         found = shutil.which("cuobjdump", path=str(Path(spec.origin).parent / "backends" / "nvidia" / "bin"))
@@ -101,14 +112,12 @@ def disassembler() -> str | None:
 
 def configure(folder: Path, architectures: tuple[str, ...] = ARCHITECTURES, units: str = "") -> None:
     """A build folder for these architectures; `units` is a regular expression of the files to compile, "" for all."""
-    tools = setup_module()
     settings = {
-        "CMAKE_BUILD_TYPE": "Release", "CMAKE_EXPORT_COMPILE_COMMANDS": "ON", "CMAKE_CUDA_COMPILER": tools.find_nvcc(),
-        "CMAKE_MAKE_PROGRAM": tools.find_tool("ninja"), "FILA_TORCH_DIR": tools.find_torch(),
-        "FILA_CUTLASS_DIR": tools.find_cutlass(), "FILA_CUDA_ARCHITECTURES": ";".join(architectures),
+        "CMAKE_BUILD_TYPE": "Release", "CMAKE_EXPORT_COMPILE_COMMANDS": "ON", "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
+        "FILA_PYTHON": sys.executable, "FILA_CUDA": "1", "FILA_CUDA_ARCHITECTURES": ";".join(architectures),
         "FILA_CUDA_UNITS": units,
     }  # fmt: skip
-    command = [tools.find_tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+    command = [str(find_tool("cmake")), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
     command += [f"-D{key}={value}" for key, value in settings.items()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -183,7 +192,7 @@ def compile_unit(name: str, architecture: str, command: list[str], folder: Path)
     def numbers(pattern: str) -> list[int]:
         return [int(number) for number in re.findall(pattern, text)]
 
-    nvcc = subprocess.check_output([str(setup_module().find_nvcc()), "--version"], text=True)
+    nvcc = subprocess.check_output([discover()["CMAKE_CUDA_COMPILER"], "--version"], text=True)
     return Unit(
         unit=name, architecture=f"sm_{architecture}", kernels=len(kernels),
         registers=max(numbers(r"Used (\d+) registers"), default=0),
@@ -199,8 +208,7 @@ def compile_unit(name: str, architecture: str, command: list[str], folder: Path)
 
 
 def cutlass_version() -> str:
-    folder = setup_module().find_cutlass()
-    text = (folder / "cutlass" / "version.h").read_text() if folder else ""
+    text = Path(discover()["FILA_CUTLASS_DIR"], "cutlass", "version.h").read_text()
     return ".".join(re.findall(r"#define CUTLASS_(?:MAJOR|MINOR|PATCH) (\d+)", text))
 
 

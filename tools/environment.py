@@ -2,19 +2,18 @@
 
     TORCH=auto|cpu|cuda python3 tools/environment.py [FOLDER]
 
-FOLDER is `.venv` unless named. A torch that is already in it is kept, whatever it is; else TORCH picks the build, and
-`auto` takes CUDA where an NVIDIA driver is installed and CPU elsewhere. Versions come from constraints.txt. A second
-run with nothing changed does nothing.
+FOLDER defaults to `.venv`. A torch that is already installed there stays, of whatever build; otherwise TORCH picks the
+build, and `auto` means CUDA where an NVIDIA driver is installed and CPU elsewhere. Versions come from constraints.txt.
+A second run with nothing changed does nothing.
 
-The syntax stays readable to old Pythons, so that they get as far as the message that they are too old.
+Annotations are quoted and the syntax is old, so that Python 3.6 too gets as far as the message that it is too old.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,12 +23,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 OLDEST_PYTHON = (3, 11)
-# PyTorch's own index of CPU builds: on Linux the general registry's torch is the CUDA one, several gigabytes.
+# PyTorch's own index of CPU builds: the general registry's torch for Linux is the CUDA build, several gigabytes.
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 BUILD_TOOLS = ["setuptools>=77", "wheel", "cmake", "ninja"]
 STAMP = "fila-setup.json"
-# What setup.py's choice of what to compile listens to.
-BUILD_VARIABLES = ("FILA_KERNELS_BUILD_NATIVE", "FILA_KERNELS_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "CUTLASS_PATH")
+LIBRARY = ROOT / "fila_kernels" / "lib" / "libfila_kernels.so"
+# What decides how csrc is compiled, beside its sources.
+BUILD_VARIABLES = (
+    "FILA_KERNELS_BUILD_NATIVE",
+    "FILA_KERNELS_BUILD_CUDA",
+    "TORCH_CUDA_ARCH_LIST",
+    "CUTLASS_PATH",
+    "CXX",
+)
+BUILD_PROGRAMS = ("c++", "g++", "clang++", "nvcc")
+NO_CONNECTION = re.compile(r"NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|Max retries exceeded")
 
 
 def normalize(name: str) -> str:
@@ -37,7 +45,7 @@ def normalize(name: str) -> str:
     return name.strip().lower().replace("_", "-").replace(".", "-")
 
 
-def read_pins(text: str) -> dict[str, str]:
+def read_pins(text: str) -> "dict[str, str]":
     """Name and version of every `name==version` line."""
     pins = {}
     for line in text.splitlines():
@@ -48,12 +56,12 @@ def read_pins(text: str) -> dict[str, str]:
     return pins
 
 
-def merge_pins(pins: dict[str, str], installed: dict[str, str]) -> dict[str, str]:
+def merge_pins(pins: "dict[str, str]", installed: "dict[str, str]") -> "dict[str, str]":
     """The pins to install under, given what an environment holds.
 
-    The project's, unless the environment came with another torch: then whatever it holds stays as it is, since that
-    torch fits its own triton and numpy and not ours. (setuptools is left free: its torch may refuse the pinned one, the
-    build backend an old one.)
+    The project's pins hold unless the environment came with another torch. Then everything that it holds stays as it
+    is, since that torch fits its own triton and numpy and not ours. (setuptools is left free: the other torch may
+    refuse the pinned version, and the build backend an old one.)
     """
     torch = installed.get("torch")
     if torch is None or torch.split("+")[0] == pins["torch"]:
@@ -75,11 +83,12 @@ def driver_present() -> bool:
 
 
 def fingerprint() -> str:
-    """A digest of every file that what is installed depends on."""
+    """A digest of everything that the installed state depends on."""
     files = [CONSTRAINTS, ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "CMakeLists.txt", Path(__file__)]
     files += sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
     variables = [f"{name}={os.environ.get(name, '')}" for name in BUILD_VARIABLES]
-    digest = hashlib.sha256(" ".join([str(ROOT), *variables]).encode())
+    programs = [str(shutil.which(name)) for name in BUILD_PROGRAMS]  # a compiler that came or went
+    digest = hashlib.sha256(" ".join([str(ROOT), *variables, *programs]).encode())
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
@@ -98,20 +107,43 @@ class Environment:
         self.stamp = folder / STAMP
 
     def is_current(self) -> bool:
-        if not (self.stamp.exists() and self.python.exists()):
+        if not self.python.exists():
             return False
-        return json.loads(self.stamp.read_text()).get("fingerprint") == fingerprint()
+        try:
+            stamp = json.loads(self.stamp.read_text())
+        except (OSError, ValueError):  # none, or torn
+            return False
+        return stamp == {"fingerprint": fingerprint(), "native": LIBRARY.exists()}
+
+    def begin(self) -> None:
+        """Withdraws the stamp: an installation that fails half-way is not current."""
+        try:
+            if self.stamp.exists():
+                self.stamp.unlink()
+            if self.folder.exists():
+                self.stamp.touch()
+                self.stamp.unlink()
+        except OSError as error:
+            raise SystemExit(
+                f"setup: {self.folder} is out of date and cannot be written to ({error.strerror}); "
+                "make it writable or remove it"
+            ) from error
 
     def create(self) -> None:
         works = self.python.exists() and self._run("-m", "pip", "--version", quiet=True) == 0
         if works:
+            if self._run("-c", f"import sys; sys.exit(sys.version_info < {OLDEST_PYTHON})", quiet=True) != 0:
+                raise SystemExit(
+                    f"setup: expected Python 3.11 or newer in {self.folder}, got an older one; remove that folder to "
+                    f"have it made with Python {platform.python_version()}"
+                )
             return
         say(f"making {self.folder} with Python {platform.python_version()}")
         command = [sys.executable, "-m", "venv", "--clear", str(self.folder)]
         if subprocess.run(command, check=False).returncode != 0:
             raise SystemExit(f"setup: `{' '.join(command)}` failed (on Debian and Ubuntu: apt install python3-venv)")
 
-    def installed(self) -> dict[str, str]:
+    def installed(self) -> "dict[str, str]":
         listing = subprocess.check_output([str(self.python), "-m", "pip", "list", "--format", "json"], text=True)
         return {normalize(entry["name"]): entry["version"] for entry in json.loads(listing)}
 
@@ -119,7 +151,7 @@ class Environment:
         requirement = f"torch=={version}"
         say(f"installing {requirement}, {build} build (the setting TORCH=auto|cpu|cuda chooses)")
         if build == "cpu":
-            # Without its dependencies: they come with the next step from the usual index, under the pins.
+            # Dependencies come with the next step, from the usual index and under the pins.
             options = ["--no-deps", "--index-url", CPU_INDEX, "--timeout", "20", "--retries", "2"]
             if self._pip(*options, requirement, quiet=True) == 0:
                 return
@@ -127,7 +159,7 @@ class Environment:
         if self._pip(requirement) != 0:
             raise SystemExit(f"setup: pip could not install {requirement}; its message is above")
 
-    def install(self, pins: dict[str, str], *requirements: str) -> None:
+    def install(self, pins: "dict[str, str]", *requirements: str) -> None:
         constraints = self.folder / "fila-constraints.txt"
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
         if self._pip("--no-build-isolation", "--constraint", str(constraints), *requirements) != 0:
@@ -138,11 +170,25 @@ class Environment:
         self._run("-c", "from fila_kernels import native; print('setup: native library', native.load()[1])")
 
     def mark_current(self) -> None:
-        self.stamp.write_text(json.dumps({"fingerprint": fingerprint()}) + "\n")
+        fresh = self.stamp.with_suffix(".new")
+        fresh.write_text(json.dumps({"fingerprint": fingerprint(), "native": LIBRARY.exists()}) + "\n")
+        os.replace(fresh, self.stamp)
 
     def _pip(self, *arguments: str, quiet: bool = False) -> int:
-        options = ["--quiet", "--quiet", "--no-input", "--disable-pip-version-check"]
-        return self._run("-m", "pip", "install", *options, *arguments, quiet=quiet)
+        options = ["--quiet", "--no-input", "--disable-pip-version-check"]
+        command = [str(self.python), "-m", "pip", "install", *options, *arguments]
+        done = subprocess.run(
+            command, check=False, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        if done.returncode != 0 and not quiet:
+            output = done.stdout.decode(errors="replace")
+            print(output, end="", file=sys.stderr, flush=True)
+            if NO_CONNECTION.search(output):
+                # pip's own last word is then that no version was found, or that dependencies conflict.
+                raise SystemExit(
+                    "setup: no connection to the package registry; `make setup` needs one (PIP_INDEX_URL names another)"
+                )
+        return done.returncode
 
     def _run(self, *arguments: str, quiet: bool = False) -> int:
         output = subprocess.DEVNULL if quiet else None
@@ -163,6 +209,7 @@ def main() -> None:
         return
 
     started = time.monotonic()
+    environment.begin()
     environment.create()
     pins = read_pins(CONSTRAINTS.read_text())
     installed = environment.installed()

@@ -1,8 +1,9 @@
-"""How the CUDA half of csrc/ is built: what setup.py decides, and one library for any torch.
+"""The build of the CUDA half of csrc/: what csrc/discover.cmake and setup.py decide, and one library for any torch.
 
 Compiling needs nvcc and the headers of CUTLASS, and no GPU; without them those tests are skipped.
 """
 
+import importlib.util
 import os
 import re
 import shlex
@@ -21,136 +22,150 @@ MISSING = cuda_units.missing_tool()
 needs_nvcc = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
+needs_cmake = pytest.mark.skipif(cuda_units.find_tool("cmake") is None, reason="CMake was not found")
+
+
 @pytest.fixture
 def build(monkeypatch):
-    """setup.py as a module, with no variable of the caller's that it listens to."""
-    for name in ("CUDACXX", "CUDA_HOME", "CUTLASS_PATH", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST", "FILA_KERNELS_BUILD_CUDA"):
+    """setup.py as a module, with no variable of the caller's that it or CMake listens to."""
+    spec = importlib.util.spec_from_file_location("fila_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in {*module.VARIABLES, module.NATIVE} - {"PATH", "CXX"}:
         monkeypatch.delenv(name, raising=False)
-    return cuda_units.setup_module()
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("8.0;9.0a;10.0a", ["8.0", "9.0a", "10.0a"]),
-        ("8.0 9.0a", ["8.0", "9.0a"]),
-        (" 8.6, 8.9+PTX ;8.6", ["8.6", "8.9+PTX"]),
-        ("7.5 12.0", ["12.0"]),
-        ("10.0f", ["10.0f"]),
-    ],
-)
-def test_architectures_are_written_as_pytorch_writes_them(build, text, found):
-    assert build.parse_architectures(text) == found
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("Hopper", "expected numbers such as 8.0, 9.0a or 10.0a.PTX, separated by semicolons or spaces, got 'Hopper'"),
-        ("8.0;90a", "got '90a' in '8.0;90a'"),
-        ("sm_80", "got 'sm_80'"),
-        ("7.0;7.5", "an architecture of 8.0 or above, got '7.0;7.5'"),
-        (" ", "got ''"),
-    ],
-)
-def test_other_architectures_are_refused(build, text, message):
-    with pytest.raises(SystemExit, match=message):
-        build.parse_architectures(text)
-
-
-def torch_of(folder: Path, cuda: str) -> Path:
-    (folder / "version.py").write_text(f"from typing import Optional\ncuda: Optional[str] = {cuda}\nhip = None\n")
-    return folder
-
-
-def settings_of(build, monkeypatch, torch_dir: Path, **variables: str) -> dict[str, str]:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    return dict(setting.removeprefix("-D").split("=", 1) for setting in build.cuda_settings(torch_dir))
+    return module
 
 
 @pytest.fixture
 def tools(build, monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "find_nvcc", lambda: Path("/cuda/bin/nvcc"))
-    monkeypatch.setattr(build, "find_cutlass", lambda: Path("/cutlass/include"))
+    """A folder with an nvcc, CUTLASS's header and a torch, which the environment's variables name."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    header = tmp_path / "cutlass" / "include" / "cutlass" / "cutlass.h"
+    for path in (nvcc, header):
+        path.parent.mkdir(parents=True)
+        path.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path / "cutlass"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    return tmp_path
 
 
-@pytest.mark.usefixtures("tools")
+def discover(folder: Path, cuda: str = "'13.0'", version: str = "2.13.0+cu130", choice: str = "") -> dict[str, str]:
+    """What csrc/discover.cmake finds beside a torch of this version and CUDA."""
+    (folder / "version.py").write_text(
+        f"from typing import Optional\n__version__ = {version!r}\ncuda: Optional[str] = {cuda}\nhip = None\n"
+    )
+    return cuda_units.discover(FILA_TORCH_DIR=str(folder), FILA_CUDA=choice)
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("8.0;9.0a;10.0a", "8.0;9.0a;10.0a"),
+        ("8.0 9.0a", "8.0;9.0a"),
+        (" 8.6, 8.9+PTX ;8.6", "8.6;8.9+PTX"),
+        ("7.5 12.0", "12.0"),
+        ("10.0f", "10.0f"),
+        ("", "8.0;9.0a;10.0a"),
+    ],
+)
+def test_architectures_are_written_as_pytorch_writes_them(tools, monkeypatch, text, found):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
+    assert discover(tools)["FILA_CUDA_ARCHITECTURES"] == found
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Hopper", "numbers such as 8.0, 9.0a or 10.0a.PTX, separated by semicolons or spaces, got 'Hopper'"),
+        ("8.0;90a", ".*got '90a' in '8.0;90a'"),
+        ("sm_80", ".*got 'sm_80'"),
+        ("7.0;7.5", "an architecture of 8.0 or above, got '7.0;7.5'"),
+        (" ", ".*got ' '"),
+    ],
+)
+def test_other_architectures_are_refused(tools, monkeypatch, text, message):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
+    with pytest.raises(RuntimeError, match=f"^TORCH_CUDA_ARCH_LIST: expected {message}"):
+        discover(tools)
+
+
+@needs_cmake
 @pytest.mark.parametrize(
     ("choice", "cuda", "built"),
     [("auto", "'13.0'", True), ("auto", "None", False), ("1", "None", True), ("0", "'13.0'", False)],
 )
-def test_cuda_kernels_follow_the_setting_and_the_torch(build, monkeypatch, tmp_path, choice, cuda, built):
-    found = settings_of(build, monkeypatch, torch_of(tmp_path, cuda), FILA_KERNELS_BUILD_CUDA=choice)
-    assert ("FILA_CUDA_ARCHITECTURES" in found) == built
-    assert ("FILA_WITHOUT_CUDA" in found) != built
+def test_cuda_kernels_follow_the_setting_and_the_torch(tools, monkeypatch, choice, cuda, built):
+    monkeypatch.setenv("FILA_KERNELS_BUILD_CUDA", choice)
+    found = discover(tools, cuda)
+    assert bool(found["FILA_CUDA_ARCHITECTURES"]) == built
+    assert bool(found["FILA_WITHOUT_CUDA"]) != built
     if built:
         assert found["FILA_CUDA_ARCHITECTURES"] == "8.0;9.0a;10.0a"
-        assert found["FILA_CUTLASS_DIR"] == "/cutlass/include"
+        assert found["CMAKE_CUDA_COMPILER"] == str(tools / "cuda/bin/nvcc")
+        assert found["FILA_CUTLASS_DIR"] == str(tools / "cutlass/include")
         assert int(found["FILA_CUDA_JOBS"]) >= 1
 
 
-@pytest.mark.usefixtures("tools")
-def test_variables_choose_architectures_and_jobs(build, monkeypatch, tmp_path):
-    found = settings_of(
-        build, monkeypatch, torch_of(tmp_path, "'12.8'"), TORCH_CUDA_ARCH_LIST="9.0a+PTX 8.0", MAX_JOBS="3"
-    )
-    assert found["FILA_CUDA_ARCHITECTURES"] == "9.0a+PTX;8.0"
+@needs_cmake
+def test_variables_choose_tools_and_jobs(tools, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", "3")
+    monkeypatch.setenv("CUTLASS_PATH", str(tools / "cutlass/include"))
+    other = tools / "other-nvcc"
+    shutil.copy2(tools / "cuda/bin/nvcc", other)
+    monkeypatch.setenv("CUDACXX", str(other))
+    found = discover(tools)
     assert found["FILA_CUDA_JOBS"] == "3"
-    with pytest.raises(SystemExit, match="MAX_JOBS: expected a number of 1 or more, got 'all'"):
-        settings_of(build, monkeypatch, tmp_path, MAX_JOBS="all")
-    with pytest.raises(SystemExit, match="FILA_KERNELS_BUILD_CUDA: expected 0, 1 or auto, got 'yes'"):
-        settings_of(build, monkeypatch, tmp_path, FILA_KERNELS_BUILD_CUDA="yes")
+    assert found["FILA_CUTLASS_DIR"] == str(tools / "cutlass/include")
+    assert found["CMAKE_CUDA_COMPILER"] == str(other)
+    monkeypatch.setenv("MAX_JOBS", "all")
+    with pytest.raises(RuntimeError, match="MAX_JOBS: expected a number of 1 or more, got 'all'"):
+        discover(tools)
+    monkeypatch.setenv("FILA_KERNELS_BUILD_CUDA", "yes")
+    with pytest.raises(RuntimeError, match="FILA_KERNELS_BUILD_CUDA: expected 0, 1 or auto, got 'yes'"):
+        discover(tools)
 
 
-@pytest.mark.usefixtures("tools")
-@pytest.mark.parametrize(("tool", "name"), [("find_nvcc", "nvcc"), ("find_cutlass", "headers of CUTLASS")])
-def test_what_is_missing_is_named(build, monkeypatch, tmp_path, tool, name):
-    monkeypatch.setattr(build, tool, lambda: None)
-    torch_dir = torch_of(tmp_path, "'13.0'")
-    assert f"{name} w" in settings_of(build, monkeypatch, torch_dir)["FILA_WITHOUT_CUDA"]
-    with pytest.raises(build.CannotBuild, match=f"{name} (was|were) not found"):
-        settings_of(build, monkeypatch, torch_dir, FILA_KERNELS_BUILD_CUDA="1")
-
-
-def test_tools_are_looked_for_where_variables_say(build, monkeypatch, tmp_path):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\n")
-    nvcc.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert build.find_nvcc() == nvcc
-    header = tmp_path / "checkout" / "include" / "cutlass" / "cutlass.h"
-    header.parent.mkdir(parents=True)
-    header.touch()
-    for folder in (tmp_path / "checkout", tmp_path / "checkout" / "include"):
-        monkeypatch.setenv("CUTLASS_PATH", str(folder))
-        assert build.find_cutlass() == header.parent.parent
-    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
-    assert build.find_cutlass() is None
+@needs_cmake
+def test_what_is_missing_is_named(tools, monkeypatch):
+    monkeypatch.setenv("CUTLASS_PATH", str(tools / "nowhere"))
+    message = "the headers of CUTLASS were not found"
+    assert message in discover(tools)["FILA_WITHOUT_CUDA"]
+    with pytest.raises(RuntimeError, match=message):
+        discover(tools, choice="1")
+    with pytest.raises(RuntimeError, match=r"^expected torch 2\.11 or newer, got '2\.10\.1'"):
+        discover(tools, version="2.10.1")
+    with pytest.raises(RuntimeError, match=r"^torch is not installed where the build runs"):
+        cuda_units.discover(FILA_PYTHON="/bin/false")
 
 
 def test_kernels_that_do_not_compile_are_left_out_unless_demanded(build, monkeypatch, tmp_path, capsys):
-    def run_cmake(cmake, settings, folder):
-        if any(setting.startswith("-DFILA_CUDA_ARCHITECTURES=") for setting in settings):
+    def run_cmake(build_root, *settings):
+        if not settings:
             raise build.CannotBuild("compiling csrc with CMake failed: error")
-        return tuple(setting for setting in settings if setting.startswith("-DFILA_WITHOUT_CUDA"))
+        return settings
 
-    monkeypatch.setattr(build, "find_torch", lambda: torch_of(tmp_path, "'13.0'"))
-    monkeypatch.setattr(build, "find_nvcc", lambda: Path("/cuda/bin/nvcc"))
-    monkeypatch.setattr(build, "find_cutlass", lambda: Path("/cutlass/include"))
-    monkeypatch.setattr(build, "find_tool", lambda name: name)
     monkeypatch.setattr(build, "run_cmake", run_cmake)
     assert build.compile_library(tmp_path) == ("-DFILA_WITHOUT_CUDA=compiling csrc with CMake failed: error",)
-    assert "warning: building without CUDA kernels: compiling csrc" in capsys.readouterr().err
+    assert "warning: built without CUDA kernels: compiling csrc" in capsys.readouterr().err
     monkeypatch.setenv("FILA_KERNELS_BUILD_CUDA", "1")
     with pytest.raises(build.CannotBuild, match="compiling csrc"):
         build.compile_library(tmp_path)
 
 
+@needs_cmake
+def test_a_misspelt_setting_stops_the_build(build, monkeypatch, tmp_path):
+    """The installation does not go on without what somebody asked for."""
+    monkeypatch.setenv("FILA_KERNELS_BUILD_CUDA", "yes")
+    with pytest.raises(SystemExit, match="FILA_KERNELS_BUILD_CUDA: expected 0, 1 or auto, got 'yes'"):
+        build.run_cmake(tmp_path)
+
+
 def missing_for_objects() -> str | None:
-    tools = cuda_units.setup_module()
-    if not all(map(tools.find_tool, ("cmake", "ninja"))):
+    if not all(map(cuda_units.find_tool, ("cmake", "ninja"))):
         return "CMake or ninja was not found"
     return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "no C++ compiler was found"
 
@@ -158,24 +173,29 @@ def missing_for_objects() -> str | None:
 @pytest.mark.skipif(missing_for_objects() is not None, reason=str(missing_for_objects()))
 def test_a_compilers_complaint_does_not_break_the_library_without(build, tmp_path):
     """nvcc quotes signatures, whose `)"` ends a plain raw string; semicolons part CMake's lists."""
-    complaint = 'no instance of function "f(int)" matches; a \\ and `x`\n'
-    cmake, ninja = build.find_tool("cmake"), build.find_tool("ninja")
-    (reason,) = build.without_cuda(build.CannotBuild(complaint + ')FILA"'))
+    reason = build.first_error('Error: no instance of function "f(int)" matches; a \\ and `x`\n )FILA"')
+    cmake, ninja = map(cuda_units.find_tool, ("cmake", "ninja"))
     configure = [cmake, "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    subprocess.run([*configure, f"-DFILA_TORCH_DIR={build.find_torch()}", reason], check=True, capture_output=True)
+    configure += [f"-DFILA_PYTHON={sys.executable}", f"-DFILA_WITHOUT_CUDA={reason}"]
+    subprocess.run(configure, check=True, capture_output=True)
     unit = "CMakeFiles/fila_kernels.dir/csrc/build_info.cpp.o"
     done = subprocess.run([ninja, "-C", str(tmp_path), unit], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    expected = 'without_cuda=no instance of function "f(int)" matches, a \\ and `x` )\n'
+    expected = 'without_cuda=Error: no instance of function "f(int)" matches, a \\ and `x` )\n'
     assert expected in (tmp_path / "build_info.inc").read_text()
     # A compiler may copy a string's last bytes by instructions.
     assert expected[:-16].encode() in (tmp_path / unit).read_bytes()
 
 
+def test_the_first_complaint_is_found(build):
+    cmake = "-- The CXX compiler\nCMake Error at csrc/discover.cmake:9 (message):\n  torch is\n  missing\n\n\n-- Done\n"
+    assert build.first_error(cmake) == "torch is missing"
+    assert build.first_error("[1/2] g++ a.cpp\na.cpp:1: error: no\nmore\n") == "error: no more"
+
+
 def test_demanding_kernels_of_a_library_that_is_not_built_is_an_error(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, tmp_path / name)
-    (tmp_path / "csrc").mkdir()
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
@@ -190,7 +210,7 @@ def library(tmp_path_factory) -> Path:
     """The library with the quick units of CUDA, for all architectures."""
     folder = tmp_path_factory.mktemp("cuda")
     cuda_units.configure(folder, units="crop_resize|gate_backward|launch")
-    cmake = cuda_units.setup_module().find_tool("cmake")
+    cmake = cuda_units.find_tool("cmake")
     done = subprocess.run([cmake, "--build", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "libfila_kernels.so"
@@ -287,8 +307,8 @@ extern "C" int aoti_torch_get_current_cuda_stream(int device, void** stream) {
 @pytest.mark.slow
 @pytest.mark.parametrize("has_cuda", [True, False])
 def test_the_stream_is_found_in_a_library_that_is_loaded_for_others(tmp_path, has_cuda):
-    tools = cuda_units.setup_module()
-    nvcc, include = str(tools.find_nvcc()), str(tools.find_torch() / "include")
+    found = cuda_units.discover()
+    nvcc, include = found["CMAKE_CUDA_COMPILER"], f"{found['FILA_TORCH_DIR']}/include"
     shared = [nvcc, "-std=c++17", "-shared", "-Xcompiler=-fPIC", "-cudart=static"]
     (tmp_path / "torch_cuda.cpp").write_text(TORCH_CUDA)
     (tmp_path / "stream.cpp").write_text("#include <stdexcept>\n" + STREAM)
@@ -335,13 +355,13 @@ int main() {
 @pytest.mark.slow
 def test_a_launch_that_fails_names_kernel_and_shape(tmp_path):
     """Without a device every launch fails."""
-    tools = cuda_units.setup_module()
+    found = cuda_units.discover()
     (tmp_path / "launch_main.cu").write_text(LAUNCH)
     folder = ROOT / "csrc" / "cuda"
     sources = [folder / "launch.cpp", folder / "crop_resize.cu", folder / "crop_resize_backward.cu"]
     subprocess.run(
-        [str(tools.find_nvcc()), "-std=c++17", "--expt-relaxed-constexpr", "-arch=sm_80", f"-I{ROOT / 'csrc'}",
-         f"-I{tools.find_torch() / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        [found["CMAKE_CUDA_COMPILER"], "-std=c++17", "--expt-relaxed-constexpr", "-arch=sm_80", f"-I{ROOT / 'csrc'}",
+         f"-I{found['FILA_TORCH_DIR']}/include", "-DTORCH_TARGET_VERSION=0x020b000000000000",
          str(tmp_path / "launch_main.cu"), *map(str, sources), "-ldl", "-o", str(tmp_path / "launch")], check=True,
     )  # fmt: skip
     done = subprocess.run(

@@ -12,10 +12,10 @@ MISSING = cuda_units.missing_tool()
 
 
 def compile_and_run(source: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    tools = cuda_units.setup_module()
+    found = cuda_units.discover()
     program = folder / source.stem
-    command = [tools.find_nvcc(), "-std=c++20", "-O1", "-DNDEBUG", "-w", *flags]
-    subprocess.run([*command, f"-isystem={tools.find_cutlass()}", source, "-o", program], check=True, timeout=300)
+    command = [found["CMAKE_CUDA_COMPILER"], "-std=c++20", "-O1", "-DNDEBUG", "-w", *flags]
+    subprocess.run([*command, f"-isystem={found['FILA_CUTLASS_DIR']}", source, "-o", program], check=True, timeout=300)
     return subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)
 
 

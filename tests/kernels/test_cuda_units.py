@@ -18,7 +18,7 @@ def compiled(name: str, source: str, folder: Path) -> cuda_units.Unit:
     """A unit of one's own for sm_80."""
     path = folder / f"{name}.cu"
     path.write_text(source)
-    nvcc = str(cuda_units.setup_module().find_nvcc())
+    nvcc = cuda_units.discover()["CMAKE_CUDA_COMPILER"]
     command = [nvcc, "-std=c++17", "-O3", "-gencode=arch=compute_80,code=sm_80", "-c", str(path), "-o", f"{name}.cu.o"]
     return cuda_units.compile_unit(name, "80", command, folder)
 
