@@ -18,7 +18,7 @@ from bench.settings import Settings
 from bench.timing import num_sets
 from bench.variants import absent
 from fila_kernels import planner, reference
-from fila_kernels.backends.eager import Call
+from fila_kernels.call import Call, Shape
 
 SETTINGS = Settings.read()
 CASES = list(dict.fromkeys(case for suite in SETTINGS.suites() for case in SUITES.get(suite, ())))
@@ -29,7 +29,7 @@ class Operands:
 
     def __init__(self, case: Case, inputs: dict[str, Tensor]) -> None:
         self.inputs = inputs
-        shape = planner.Shape(
+        shape = Shape(
             case.tiles, case.prefix, case.grid, case.token_width, case.hidden_width, case.channels, case.images,
             case.side, case.side,
         )  # fmt: skip

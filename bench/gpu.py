@@ -84,7 +84,7 @@ SECTIONS = (
         always=True,
     ),
     _correct("matrix", _BACKENDS, "-k", "test_matrix", what="every backend over the case matrix, both directions"),
-    _correct("plans", _BACKENDS, "-k", "not test_matrix", what="plans, layouts, in place, frozen inputs, repeats"),
+    _correct("plans", _BACKENDS, "-k", "not test_matrix", what="plans, layouts, frozen inputs, repeats"),
     _correct("native", "tests/kernels", f"--ignore={_BACKENDS}", what="all other tests marked gpu: compiled operators"),
     *(_sanitize(tool) for tool in ("memcheck", "racecheck", "initcheck")),
     _tune(8),

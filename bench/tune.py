@@ -31,6 +31,7 @@ from bench.verify import step
 from fila_kernels import cvfm, planner, tuned
 from fila_kernels.backends.triton import configs
 from fila_kernels.backends.triton.configs import Config, Problem
+from fila_kernels.call import DIRECTIONS, PLANS, Measured, Shape
 
 GAIN = 0.005  # what a config or plan has to gain over the default; two measurements of one differ by less
 WORKERS = 8
@@ -42,28 +43,40 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+class TrialConfigs(Measured):
+    """The trial's configs of one dtype."""
+
+    def __init__(self, trial: "Trial", dtype: torch.dtype) -> None:
+        super().__init__()
+        self.trial, self.dtype = trial, dtype
+
+    def nearest(self, subject: str, sizes: Sequence[int]) -> tuple[dict[str, Any], bool] | None:
+        key = (subject, tuple(sizes), dtype_name(self.dtype))
+        self.trial.asked[key] = self.dtype
+        found = self.trial.tried.get(key)
+        return None if found is None else (found, True)
+
+
 class Trial(tuned.Table):
     """A table that answers with what is being tried, and remembers what was asked."""
 
     def __init__(self, entries: dict[str, Any]) -> None:
         super().__init__()
-        self.configs: dict[Key, dict[str, Any]] = {
+        self.tried: dict[Key, dict[str, Any]] = {
             (e["kernel"], tuple(e["problem"]), e["dtype"]): e["config"] for e in entries["configs"]
         }
         self.plans: dict[tuple[tuple[int, ...], str], dict[str, str]] = {}
         for entry in entries["plans"]:
-            chosen = {direction: entry[direction] for direction in planner.DIRECTIONS}
-            self.plans[planner.Shape(**entry["shape"]), entry["dtype"]] = chosen
+            chosen = {direction: entry[direction] for direction in DIRECTIONS}
+            self.plans[Shape(**entry["shape"]), entry["dtype"]] = chosen
         self.asked: dict[Key, torch.dtype] = {}
 
-    def plan(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[dict[str, str], bool] | None:
+    def plan(self, shape: Shape, dtype: torch.dtype) -> tuple[dict[str, str], bool] | None:
         found = self.plans.get((tuple(shape), dtype_name(dtype)))
         return (found, True) if found else None
 
-    def config(self, kernel: str, problem: Sequence[int], dtype: torch.dtype) -> dict[str, Any] | None:
-        key = (kernel, tuple(problem), dtype_name(dtype))
-        self.asked[key] = dtype
-        return self.configs.get(key)
+    def configs(self, dtype: torch.dtype) -> Measured:
+        return TrialConfigs(self, dtype)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -72,8 +85,8 @@ class Trial(tuned.Table):
             yield
 
 
-def shape_of(case: Case) -> planner.Shape:
-    return planner.Shape(
+def shape_of(case: Case) -> Shape:
+    return Shape(
         tiles=case.tiles, prefix=case.prefix, grid=case.grid, token_width=case.token_width,
         hidden_width=case.hidden_width, feature_width=case.channels, images=case.images, height=case.side,
         width=case.side,
@@ -81,8 +94,8 @@ def shape_of(case: Case) -> planner.Shape:
 
 
 def plans_for(case: Case) -> list[str]:
-    wide = max(case.token_width, case.hidden_width) > configs.SINGLE_PASS_WIDTH
-    return [plan for plan in planner.PLANS if not (plan == "single_pass" and wide)]
+    wide = max(case.token_width, case.hidden_width) > configs.TRITON_SINGLE_PASS_WIDTH
+    return [plan for plan in PLANS if not (plan == "single_pass" and wide)]
 
 
 def shortlist(problem: Problem, device: configs.Device, most: int) -> list[Config]:
@@ -173,7 +186,7 @@ class Tuner:
             calls = self.calls(case, plan, backward)
             asked = self.problems(calls[0])
             for key, dtype in asked.items():
-                if key in self.trial.configs or key in settled or key[0] not in self.kernels:
+                if key in self.trial.tried or key in settled or key[0] not in self.kernels:
                     continue
                 if self.time_is_up():
                     return
@@ -185,20 +198,20 @@ class Tuner:
         problem = Problem(kernel, *sizes, dtype)
         runners: dict[Any, Runner] = {}
         for config in shortlist(problem, self.limits, self.most):
-            self.trial.configs[key] = configs.plain(config)
+            self.trial.tried[key] = configs.plain(config)
             try:
                 runners[config] = self.runner(calls)
             except Exception as error:  # one that does not compile or does not fit is not a candidate
                 print(f"  {kernel} {sizes}: {config}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
         if not runners:
-            del self.trial.configs[key]
+            del self.trial.tried[key]
             return
         # A captured graph keeps its config; without graphs every round has to ask for it again.
         for config, runner in runners.items():
             if not isinstance(runner, GraphRunner):
                 runner.calls = [self.with_config(key, config, call) for call in runner.calls]
         best = self.fastest(runners, configs.default(problem, self.limits))
-        self.trial.configs[key] = configs.plain(best)
+        self.trial.tried[key] = configs.plain(best)
         self.entries["configs"].append(
             {"kernel": kernel, "problem": list(sizes), "dtype": name, "config": configs.plain(best)}
         )
@@ -207,7 +220,7 @@ class Tuner:
 
     def with_config(self, key: Key, config: Config, call: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
-            self.trial.configs[key] = configs.plain(config)
+            self.trial.tried[key] = configs.plain(config)
             return call()
 
         return run
@@ -218,9 +231,9 @@ class Tuner:
         if (tuple(shape), name) in self.trial.plans or self.time_is_up():
             return
         start = planner.choose(shape, DTYPES[case.dtype], self.device, None, "triton")
-        chosen = {direction: getattr(start, direction) for direction in planner.DIRECTIONS}
+        chosen = {direction: getattr(start, direction) for direction in DIRECTIONS}
         plans = plans_for(case)
-        for direction in planner.DIRECTIONS:
+        for direction in DIRECTIONS:
             runners: dict[Any, Runner] = {}
             calls = self.calls(case, None, direction != "forward")
             for plan in plans if direction == "forward" else plans[:2]:
@@ -237,7 +250,7 @@ class Tuner:
         print(f"  plan of {case.name}: {chosen}", flush=True)
 
     def with_plan(
-        self, shape: planner.Shape, name: str, attempt: dict[str, str], call: Callable[[], object]
+        self, shape: Shape, name: str, attempt: dict[str, str], call: Callable[[], object]
     ) -> Callable[[], object]:
         def run() -> object:
             self.trial.plans[tuple(shape), name] = attempt
@@ -262,17 +275,17 @@ class Tuner:
             for plan in plans_for(case):
                 call = self.call(case, inputs, grad, plan)
                 for key, dtype in self.problems(call).items():
-                    if key in self.trial.configs or key[0] not in self.kernels:
+                    if key in self.trial.tried or key[0] not in self.kernels:
                         continue
                     for config in shortlist(Problem(key[0], *key[1], dtype), self.limits, self.most):
                         number += 1
                         if number % of == share and not self.time_is_up():
-                            self.trial.configs[key] = configs.plain(config)
+                            self.trial.tried[key] = configs.plain(config)
                             try:
                                 self.problems(call)
                             except Exception as error:  # said when its turn comes to be measured
                                 print(f"{key[0]}: {type(error).__name__}", file=sys.stderr)
-                    self.trial.configs.pop(key, None)
+                    self.trial.tried.pop(key, None)
 
 
 def compile_ahead(arguments: list[str], workers: int, seconds: float) -> None:

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from bench.baselines import Boxes, Indices, naive_eager, tapped_resize, tuned_eager
 from bench.library import library
-from fila_kernels import cvfm, dispatch, native, planner
+from fila_kernels import cvfm, dispatch, native
+from fila_kernels.call import PLANS
 
 Function = Callable[..., Tensor]
 BACKENDS = ("torch", "triton", "cuda")
@@ -97,7 +98,7 @@ def _ours(backend: str) -> list[Variant]:
         Variant(backend, make(), ours=True),
         Variant(f"{backend}_graph", make(), ours=True, graph=True),
         Variant(f"{backend}_recompute", make(recompute=True), ours=True),
-        *(Variant(f"{backend}_{plan}", make(plan=plan), ours=True) for plan in planner.PLANS),
+        *(Variant(f"{backend}_{plan}", make(plan=plan), ours=True) for plan in PLANS),
     ]
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fila_kernels import native, ops, planner
+from fila_kernels.call import Shape
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
@@ -83,12 +84,8 @@ def _cvfm_forward(  # type: ignore[no-untyped-def]
     _require_served(tokens, backend)
     if save_hidden or save_branch:
         raise RuntimeError("expected a graph exported under torch.no_grad(), got one that keeps tensors for a gradient")
-    sizes = [_example(size) for size in (*tokens.shape, *features.shape, fc1_weight.shape[0])]
-    tiles, length, width, images, height, map_width, channels, hidden_width = sizes
-    shape = planner.Shape(
-        tiles, num_prefix_tokens, round((length - num_prefix_tokens) ** 0.5), width, hidden_width, channels,
-        images, height, map_width,
-    )  # fmt: skip
+    sizes = [[_example(size) for size in tensor.shape] for tensor in (tokens, features, fc1_weight)]
+    shape = Shape.of(sizes[0], sizes[1], sizes[2][0], num_prefix_tokens)
     chosen = planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend).forward
     out = torch.ops.fila.cvfm(
         tokens, _dense_channels(features), boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,

@@ -6,15 +6,14 @@ import os
 import torch
 
 from fila_kernels import native
-from fila_kernels.shape import SINGLE_PASS_WIDTH
+from fila_kernels.call import (
+    NATIVE_SINGLE_PASS_CAPABILITY,
+    NATIVE_SINGLE_PASS_WIDTH,
+    TRITON_SINGLE_PASS_WIDTH,
+)
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "FILA_KERNELS_BACKEND"
-
-# In CUDA the hidden activation of a block of rows stays on a cluster of four multiprocessors; the kernel is written for
-# one width and capability.
-CUDA_SINGLE_PASS_WIDTH = 1024
-CUDA_SINGLE_PASS_CAPABILITY = (9, 0)
 
 # Both are settled before Triton is imported, and constant where torch.compile traces.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -118,9 +117,9 @@ def _single_pass_obstacle(
 ) -> str:
     """Why the one fused kernel cannot run, or ""."""
     if backend == "triton":
-        if widths is not None and max(widths) > SINGLE_PASS_WIDTH:
+        if widths is not None and max(widths) > TRITON_SINGLE_PASS_WIDTH:
             return (
-                f"expected token and hidden widths of at most {SINGLE_PASS_WIDTH}, which stay on chip, "
+                f"expected token and hidden widths of at most {TRITON_SINGLE_PASS_WIDTH}, which stay on chip, "
                 f"got {max(widths)}"
             )
         return ""
@@ -128,10 +127,10 @@ def _single_pass_obstacle(
         return "it is one fused kernel, which only the backends 'triton' and 'cuda' have"
     if dtype not in (torch.bfloat16, torch.float16, None):
         return f"its kernel multiplies bfloat16 and float16, got {dtype}"
-    if widths is not None and widths != (CUDA_SINGLE_PASS_WIDTH, CUDA_SINGLE_PASS_WIDTH):
-        return f"expected token and hidden widths of {CUDA_SINGLE_PASS_WIDTH}, got {widths[0]} and {widths[1]}"
-    capability = CUDA_SINGLE_PASS_CAPABILITY if device is None else _capability(device.index)
-    if capability != CUDA_SINGLE_PASS_CAPABILITY or not _cuda_has_single_pass():
+    if widths is not None and widths != (NATIVE_SINGLE_PASS_WIDTH, NATIVE_SINGLE_PASS_WIDTH):
+        return f"expected token and hidden widths of {NATIVE_SINGLE_PASS_WIDTH}, got {widths[0]} and {widths[1]}"
+    capability = NATIVE_SINGLE_PASS_CAPABILITY if device is None else _capability(device.index)
+    if capability != NATIVE_SINGLE_PASS_CAPABILITY or not _cuda_has_single_pass():
         return "its kernel is for compute capability 9.0, compiled as 9.0a"
     return ""
 

@@ -51,12 +51,7 @@ def cvfm_backward_flops(
 def register() -> None:
     """Make `torch.utils.flop_counter.FlopCounterMode` count the operators; again does nothing."""
     operators = getattr(torch.ops, ops.NAMESPACE)
-    for name, formula in (
-        ("cvfm_forward", cvfm_forward_flops),
-        ("cvfm_forward_", cvfm_forward_flops),
-        ("cvfm_backward", cvfm_backward_flops),
-        ("cvfm_backward_", lambda features_grad, *rest, **settings: cvfm_backward_flops(*rest, **settings)),
-    ):
+    for name, formula in (("cvfm_forward", cvfm_forward_flops), ("cvfm_backward", cvfm_backward_flops)):
         operator = getattr(operators, name)
         if operator not in flop_registry:
             register_flop_formula(operator)(formula)

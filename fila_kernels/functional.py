@@ -1,18 +1,15 @@
 """The public functions: they validate once, pick the backend, and carry autograd outside the operators."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fila_kernels import dispatch, native, ops, planner, reference
-from fila_kernels.validation import check_crop_resize, check_cvfm, check_features_grad, check_in_place
+from fila_kernels.call import DIRECTIONS, Shape
+from fila_kernels.validation import check_crop_resize, check_cvfm
 
 _ops = getattr(torch.ops, ops.NAMESPACE)
-_INPUTS = (
-    "tokens", "features", "boxes", "image_index", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "alpha",
-)  # fmt: skip
 
 
 class _Once(torch.autograd.Function):
@@ -37,41 +34,19 @@ def _once(gradients: tuple[Tensor, ...], sources: tuple[Tensor, ...]) -> tuple[T
     return gradients
 
 
-class _AddInto(torch.autograd.Function):
-    """Adds the gradient to a tensor in place of passing it on."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, total: Tensor) -> Tensor:
-        ctx.total = total
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        with torch.no_grad():
-            ctx.total.add_(grad)
-        return None, None
-
-
-# Saved tensors must not change, and a gradient that several calls add to does: it is kept beside them.
 class _CropResize(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, boxes: Tensor, image_index: Tensor, size: int, backend: str,
-        features_grad: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, features: Tensor, boxes: Tensor, image_index: Tensor, size: int, backend: str) -> Tensor:
         ctx.save_for_backward(boxes, image_index)
-        ctx.maps, ctx.backend, ctx.features_grad = tuple(features.shape[:3]), backend, features_grad
+        ctx.maps, ctx.backend = tuple(features.shape[:3]), backend
         return _ops.crop_resize(features, boxes, image_index, size, backend)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         boxes, image_index = ctx.saved_tensors
         with torch.no_grad():
-            if ctx.features_grad is not None:
-                _ops.crop_resize_backward_(ctx.features_grad, grad, boxes, image_index, ctx.backend)
-                return None, None, None, None, None, None
             found = _ops.crop_resize_backward(grad, boxes, image_index, *ctx.maps, ctx.backend)
-        return *_once((found,), (grad,)), None, None, None, None, None
+        return *_once((found,), (grad,)), None, None, None, None
 
 
 class _Cvfm(torch.autograd.Function):
@@ -79,7 +54,7 @@ class _Cvfm(torch.autograd.Function):
     def forward(
         ctx: Any, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor,
         fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, alpha: Tensor,
-        num_prefix_tokens: int, gate: str, plan: str, recompute: bool, backend: str, features_grad: Tensor | None,
+        num_prefix_tokens: int, gate: str, plan: str, recompute: bool, backend: str,
     ) -> Tensor:  # fmt: skip
         inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
         needs = ctx.needs_input_grad
@@ -91,7 +66,7 @@ class _Cvfm(torch.autograd.Function):
             *inputs, num_prefix_tokens, gate, plan, save_hidden, save_branch, backend
         )
         ctx.save_for_backward(*inputs, hidden, branch)
-        ctx.settings, ctx.backend, ctx.features_grad = (num_prefix_tokens, gate, plan), backend, features_grad
+        ctx.settings, ctx.backend = (num_prefix_tokens, gate, plan), backend
         return out
 
     @staticmethod
@@ -99,22 +74,16 @@ class _Cvfm(torch.autograd.Function):
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6, 7, 8)]
         # Read once: checkpointing computes saved tensors again at every look.
         saved = ctx.saved_tensors
-        arguments = grad, *saved, *ctx.settings, needs, ctx.backend
         with torch.no_grad():
-            if ctx.features_grad is None:
-                found = _ops.cvfm_backward(*arguments)
-            else:
-                found = _ops.cvfm_backward_(ctx.features_grad, *arguments)
-                needs[1] = False
+            found = _ops.cvfm_backward(grad, *saved, *ctx.settings, needs, ctx.backend)
         found = _once(found, (grad, *saved[:9]))
         tokens, features, *parameters = (g if n else None for g, n in zip(found, needs, strict=True))
-        return tokens, features, None, None, *parameters, None, None, None, None, None, None
+        return tokens, features, None, None, *parameters, None, None, None, None, None
 
 
 def crop_resize(
-    features: Tensor, boxes: Tensor, image_index: Tensor, size: int, *, backend: str | None = None,
-    features_grad: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    features: Tensor, boxes: Tensor, image_index: Tensor, size: int, *, backend: str | None = None
+) -> Tensor:
     """Crop a box from each tile's feature map and resize it bilinearly, reading only the cells that count.
 
     Args:
@@ -123,7 +92,6 @@ def crop_resize(
         image_index: [T] int32 or int64, the map each box is cut from.
         size: samples per side of the result.
         backend: "reference", "torch", "triton", "cuda" or None for the default; see `fila_kernels.dispatch.resolve`.
-        features_grad: as in `cvfm`.
 
     Returns:
         [T, size, size, C] in the dtype of `features`, a new contiguous tensor.
@@ -146,12 +114,10 @@ def crop_resize(
         [2.5, 4.5, 10.5, 12.5]
     """
     check_crop_resize(features, boxes, image_index, size)
-    check_features_grad(features_grad, features)
     name, _ = dispatch.resolve(backend, None, features.device, features.dtype)
     if name == "reference":
-        features = features if features_grad is None else _AddInto.apply(features, features_grad)
         return reference.crop_resize(features, boxes, image_index, size)
-    return _CropResize.apply(features, boxes, image_index, size, name, features_grad)
+    return _CropResize.apply(features, boxes, image_index, size, name)
 
 
 def cvfm(
@@ -170,11 +136,11 @@ def cvfm(
     plan: str | None = None,
     backend: str | None = None,
     recompute: bool = False,
-    features_grad: Tensor | None = None,
 ) -> Tensor:
     """ConvNeXt-ViT deep fusion: add to each patch token what an MLP makes of it and its region of a feature map.
 
-    B images, T tiles, P prefix tokens, N = G * G patch tokens, D, C and H widths.
+    B images, T tiles, P prefix tokens, N = G * G patch tokens, D, C and H widths. Put all tiles of a map into one call:
+    the backward pass then writes the features' gradient once, where autograd would add up a whole map per call.
 
     Args:
         tokens: [T, P + N, D]; any stride, the last one 1. The first P tokens pass through.
@@ -189,9 +155,6 @@ def cvfm(
             capability 9.0), or None to let the planner choose; see `explain`.
         backend: "reference", "torch", "triton", "cuda" or None for the default: triton on CUDA tensors, else torch.
         recompute: save nothing but the inputs for the backward pass and compute the MLP again there.
-        features_grad: [B, h, w, C], contiguous, in the dtype of `features` or float32: the backward pass adds the
-            features' gradient to it, in place, and hands none to autograd. Several calls that share maps then touch
-            only the cells that they read, where autograd would add up whole maps. `features` has to require a gradient.
 
     Returns:
         [T, P + N, D], a new contiguous tensor in the dtype of `tokens`.
@@ -225,16 +188,7 @@ def cvfm(
         torch.Size([2, 17, 8])
         >>> torch.equal(out[:, 0], tokens[:, 0])
         True
-
-        Several calls on the same maps, whose gradient is then handed on as a whole::
-
-            maps, total = features.detach().requires_grad_(), torch.zeros_like(features)
-            for tokens, boxes, image_index in parts:
-                out.append(cvfm(tokens, maps, boxes, image_index, *mlp, alpha, features_grad=total))
-            loss(out).backward()
-            features.backward(total)
     """
-    check_features_grad(features_grad, features)
     if tokens.device.type != "meta" and torch.is_autocast_enabled(tokens.device.type):
         dtype = torch.get_autocast_dtype(tokens.device.type)
         tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha = (
@@ -246,59 +200,10 @@ def cvfm(
     widths = (tokens.shape[2], fc1_weight.shape[0]) if plan == "single_pass" else None
     name, _ = dispatch.resolve(backend, plan, tokens.device, tokens.dtype, widths)
     if name == "reference":
-        maps = features if features_grad is None else _AddInto.apply(features, features_grad)
-        return reference.cvfm(tokens, maps, *inputs[2:], num_prefix_tokens=num_prefix_tokens, gate=gate)
+        return reference.cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate)
     if torch.is_grad_enabled():
-        return _Cvfm.apply(*inputs, num_prefix_tokens, gate, plan or "", recompute, name, features_grad)
+        return _Cvfm.apply(*inputs, num_prefix_tokens, gate, plan or "", recompute, name)
     return _ops.cvfm_forward(*inputs, num_prefix_tokens, gate, plan or "", False, False, name)[0]
-
-
-def cvfm_(
-    tokens: Tensor,
-    features: Tensor,
-    boxes: Tensor,
-    image_index: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    alpha: Tensor,
-    *,
-    num_prefix_tokens: int = 1,
-    gate: str = "product",
-    plan: str | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """`cvfm` in place, for inference: writes the fused tokens over `tokens` and returns it.
-
-    Prefix tokens are left as they are, unread by the last kernel, and no result is allocated. Arguments are those of
-    `cvfm`. As with PyTorch's own in-place operations, autocast casts nothing: all float tensors but `boxes` have the
-    dtype of `tokens`.
-
-    Raises:
-        RuntimeError: something requires a gradient while gradients are recorded; a backend that cannot run.
-        ValueError: as in `cvfm`; tokens that overlap themselves (an expanded tensor) or another argument.
-
-    Example:
-        >>> tokens, features = torch.randn(1, 1 + 16, 8), torch.randn(1, 12, 12, 6)
-        >>> boxes, image_index = torch.tensor([[0.0, 0.0, 12.0, 12.0]]), torch.tensor([0])
-        >>> mlp = torch.randn(10, 14), torch.randn(10), torch.randn(8, 10), torch.randn(8)
-        >>> rest = features, boxes, image_index, *mlp, torch.tensor([0.5])
-        >>> expected = cvfm(tokens, *rest)
-        >>> cvfm_(tokens, *rest) is tokens
-        True
-        >>> torch.allclose(tokens, expected, atol=1e-5)
-        True
-    """
-    inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
-    check_cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate, plan=plan)
-    check_in_place(tokens, dict(zip(_INPUTS[1:], inputs[1:], strict=True)))
-    widths = (tokens.shape[2], fc1_weight.shape[0]) if plan == "single_pass" else None
-    name, _ = dispatch.resolve(backend, plan, tokens.device, tokens.dtype, widths)
-    if name == "reference":
-        return tokens.copy_(reference.cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate))
-    _ops.cvfm_forward_(*inputs, num_prefix_tokens, gate, plan or "", name)
-    return tokens
 
 
 def explain(
@@ -330,18 +235,13 @@ def explain(
         >>> explain((5, 577, 1024), (1, 384, 384, 192))["forward"]["choice"]
         'sample_first'
     """
-    tiles, length, width = tokens
-    images, height, map_width, channels = features
+    shape = Shape.of(tokens, features, hidden_width, num_prefix_tokens)
     device = torch.device(device)
-    name, why = dispatch.resolve(backend, plan, device, dtype, (width, hidden_width or width))
+    name, why = dispatch.resolve(backend, plan, device, dtype, (shape.token_width, shape.hidden_width))
     if name == "torch":
         why += f"; forward pass, crop and resize: {native.serves(dtype, torch.device(device))[1]}"
     report = {"backend": {"choice": name, "why": why}}
     if name == "reference":
-        return report | {d: {"choice": "reference", "why": "the definition has no plans"} for d in planner.DIRECTIONS}
-    shape = planner.Shape(
-        tiles, num_prefix_tokens, math.isqrt(length - num_prefix_tokens), width, hidden_width or width, channels,
-        images, height, map_width,
-    )  # fmt: skip
+        return report | {d: {"choice": "reference", "why": "the definition has no plans"} for d in DIRECTIONS}
     chosen = planner.choose(shape, dtype, device, plan, name)
-    return report | {d: {"choice": getattr(chosen, d), "why": chosen.reasons[d]} for d in planner.DIRECTIONS}
+    return report | {d: {"choice": getattr(chosen, d), "why": chosen.reasons[d]} for d in DIRECTIONS}

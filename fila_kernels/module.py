@@ -1,14 +1,14 @@
 """`CVFM`: the operation with its parameters."""
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fila_kernels.functional import crop_resize, cvfm, cvfm_
+from fila_kernels.call import GATES, grid_side
+from fila_kernels.functional import crop_resize, cvfm
 from fila_kernels.reference import gated
-from fila_kernels.validation import GATES
 
 
 class CVFM(nn.Module):
@@ -82,35 +82,21 @@ class CVFM(nn.Module):
                 return f"{name} has hooks, which only a call runs"
         return None
 
-    def forward(
-        self, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor, inplace: bool = False,
-        features_grad: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """[T, P + N, D] tokens, [B, h, w, C] maps, [T, 4] boxes in cells, [T] image of each tile: the fused tokens.
-
-        `inplace`, for inference, writes them over `tokens` as `fila_kernels.cvfm_` does; `features_grad`, for training,
-        is what the features' gradient is added to, see `fila_kernels.cvfm`.
-        """
+    def forward(self, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
+        """[T, P + N, D] tokens, [B, h, w, C] maps, [T, 4] boxes in cells, [T] image of each tile: the fused tokens."""
         if self.fallback_reason is not None:
-            fused = self._forward_by_layers(tokens, features, boxes, image_index, features_grad)
-            return tokens.copy_(fused) if inplace else fused
+            return self._forward_by_layers(tokens, features, boxes, image_index)
         fc1, fc2 = cast(nn.Linear, self.fc1), cast(nn.Linear, self.fc2)
-        inputs = (tokens, features, boxes, image_index, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.alpha)
-        settings: dict[str, Any] = {
-            "num_prefix_tokens": self.num_prefix_tokens, "gate": self.gate, "plan": self.plan, "backend": self.backend,
-        }  # fmt: skip
-        if inplace:
-            return cvfm_(*inputs, **settings)
-        return cvfm(*inputs, **settings, recompute=self.recompute, features_grad=features_grad)
+        return cvfm(
+            tokens, features, boxes, image_index, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.alpha,
+            num_prefix_tokens=self.num_prefix_tokens, gate=self.gate, plan=self.plan, backend=self.backend,
+            recompute=self.recompute,
+        )  # fmt: skip
 
-    def _forward_by_layers(
-        self, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor, features_grad: Tensor | None
-    ) -> Tensor:
+    def _forward_by_layers(self, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
         prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
-        size = int(patches.shape[1] ** 0.5)
-        sampled = crop_resize(
-            features, boxes, image_index, size, backend=self.backend, features_grad=features_grad
-        ).flatten(1, 2)
+        size = grid_side(patches.shape[1])
+        sampled = crop_resize(features, boxes, image_index, size, backend=self.backend).flatten(1, 2)
         branch = self.fc2(F.gelu(self.fc1(torch.cat([patches, sampled], dim=-1))))
         return torch.cat([prefix, patches + gated(branch, self.alpha, self.gate)], dim=1)
 

@@ -4,7 +4,6 @@ Arities are fixed. A tensor that was not asked for comes back empty, so that the
 on the arguments alone and never on the plan, which is chosen inside from real sizes.
 """
 
-import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fila_kernels import planner
 from fila_kernels.backends import cuda, eager, eager_backward
+from fila_kernels.call import Call, Needs, Shape
 
 NAMESPACE = "fila_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -34,41 +34,22 @@ _SCHEMAS = {
         "(Tensor grad, Tensor boxes, Tensor image_index, SymInt images, SymInt height, SymInt width, "
         'str backend="torch") -> Tensor'
     ),
-    "crop_resize_backward_": (
-        '(Tensor(a!) features_grad, Tensor grad, Tensor boxes, Tensor image_index, str backend="torch") -> ()'
-    ),
     "cvfm_forward": (
         f"({_INPUTS}, SymInt num_prefix_tokens, str gate, str plan, bool save_hidden, bool save_branch, "
         'str backend="torch") '
         "-> (Tensor out, Tensor hidden, Tensor branch)"
-    ),
-    "cvfm_forward_": (
-        f"({_INPUTS.replace('Tensor tokens', 'Tensor(a!) tokens', 1)}, SymInt num_prefix_tokens, str gate, str plan, "
-        'str backend="torch") -> ()'
     ),
     "cvfm_backward": (
         f"(Tensor grad, {_INPUTS}, Tensor hidden, Tensor branch, SymInt num_prefix_tokens, str gate, str plan, "
         'bool[] needs, str backend="torch") '
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
-    "cvfm_backward_": (
-        f"(Tensor(a!) features_grad, Tensor grad, {_INPUTS}, Tensor hidden, Tensor branch, SymInt num_prefix_tokens, "
-        'str gate, str plan, bool[] needs, str backend="torch") '
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
 }
 
 
-def shape_of(tokens: Tensor, features: Tensor, fc1_weight: Tensor, num_prefix_tokens: int) -> planner.Shape:
+def shape_of(tokens: Tensor, features: Tensor, fc1_weight: Tensor, num_prefix_tokens: int) -> Shape:
     """The sizes of a call whose arguments were validated."""
-    images, height, width, channels = features.shape
-    patches = tokens.shape[1] - num_prefix_tokens
-    if math.isqrt(patches) ** 2 != patches:
-        raise ValueError(f"tokens: expected a square number of patch tokens, got {patches}")
-    return planner.Shape(
-        tiles=tokens.shape[0], prefix=num_prefix_tokens, grid=math.isqrt(patches), token_width=tokens.shape[2],
-        hidden_width=fc1_weight.shape[0], feature_width=channels, images=images, height=height, width=width,
-    )  # fmt: skip
+    return Shape.of(tokens.shape, features.shape, fc1_weight.shape[0], num_prefix_tokens)
 
 
 def _forward_results(tokens, fc1_weight, num_prefix_tokens, save_hidden, save_branch) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,11 +87,11 @@ def _no_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False)
 
 
-def _call(inputs: tuple[Tensor, ...], shape: planner.Shape, gate: str, plan: str, backend: str) -> eager.Call:
+def _call(inputs: tuple[Tensor, ...], shape: Shape, gate: str, plan: str, backend: str) -> Call:
     """The nine inputs with the plan for their sizes."""
     tokens = inputs[0]
     chosen = planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend)
-    return eager.Call._make((*inputs, shape, gate, chosen, None))
+    return Call._make((*inputs, shape, gate, chosen))
 
 
 def _crop_resize(features, boxes, image_index, size, backend="torch"):
@@ -131,18 +112,6 @@ def _crop_resize_backward(grad, boxes, image_index, images, height, width, backe
 
 def _crop_resize_backward_fake(grad, boxes, image_index, images, height, width, backend="torch"):
     return grad.new_empty((images, height, width, grad.shape[3]))
-
-
-def _crop_resize_backward_accumulated(features_grad, grad, boxes, image_index, backend="torch"):
-    torch.autograd.graph.increment_version(features_grad)
-    if grad.numel():
-        maps = tuple(features_grad.shape[:3])
-        _implementation(backend).crop_resize_backward(grad, boxes, image_index, maps, features_grad)
-
-
-def _nothing_fake(*arguments, **settings):
-    """Of operators that write into an argument and return nothing."""
-    return None
 
 
 def _cvfm_forward(
@@ -170,55 +139,23 @@ def _cvfm_forward_fake(
     return _forward_results(tokens, fc1_weight, num_prefix_tokens, save_hidden, save_branch)
 
 
-def _cvfm_forward_in_place(
-    tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-    num_prefix_tokens, gate, plan, backend="torch",
-):  # fmt: skip
-    shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
-    torch.autograd.graph.increment_version(tokens)  # kernels write past PyTorch's own counting
-    if tokens.numel() == 0:
-        return
-    with _no_autocast(tokens.device):
-        call = _call(
-            (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha),
-            shape, gate, plan, backend,
-        )  # fmt: skip
-        _implementation(backend).forward(call, None, None, in_place=True)
-
-
-def _gradients(features_grad, grad, inputs, hidden, branch, num_prefix_tokens, gate, plan, needs, backend):
-    """The seven results of both operators of the backward pass."""
-    tokens, features, _, _, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha = inputs
-    likes = [tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha]
-    if tokens.numel() == 0:
-        returned = [need and not (slot == 1 and features_grad is not None) for slot, need in enumerate(needs)]
-        return tuple(result.zero_() for result in _backward_results(likes, returned))
-    shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
-    with _no_autocast(tokens.device):
-        results = _implementation(backend).backward(
-            _call(inputs, shape, gate, plan, backend), grad, hidden if hidden.dim() == 2 else None,
-            branch if branch.dim() == 2 else None, eager_backward.Needs(*needs), features_grad,
-        )  # fmt: skip
-    return tuple(
-        like.new_empty((0,)) if result is None else result for result, like in zip(results, likes, strict=True)
-    )
-
-
 def _cvfm_backward(
     grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha, hidden, branch,
     num_prefix_tokens, gate, plan, needs, backend="torch",
 ):  # fmt: skip
+    likes = [tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha]
+    if tokens.numel() == 0:
+        return tuple(result.zero_() for result in _backward_results(likes, needs))
+    shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
     inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
-    return _gradients(None, grad, inputs, hidden, branch, num_prefix_tokens, gate, plan, needs, backend)
-
-
-def _cvfm_backward_accumulated(
-    features_grad, grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-    hidden, branch, num_prefix_tokens, gate, plan, needs, backend="torch",
-):  # fmt: skip
-    torch.autograd.graph.increment_version(features_grad)
-    inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
-    return _gradients(features_grad, grad, inputs, hidden, branch, num_prefix_tokens, gate, plan, needs, backend)
+    with _no_autocast(tokens.device):
+        results = _implementation(backend).backward(
+            _call(inputs, shape, gate, plan, backend), grad, hidden if hidden.dim() == 2 else None,
+            branch if branch.dim() == 2 else None, Needs(*needs),
+        )  # fmt: skip
+    return tuple(
+        like.new_empty((0,)) if result is None else result for result, like in zip(results, likes, strict=True)
+    )
 
 
 def _cvfm_backward_fake(
@@ -229,22 +166,11 @@ def _cvfm_backward_fake(
     return tuple(_backward_results(inputs, needs))
 
 
-def _cvfm_backward_accumulated_fake(
-    features_grad, grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-    hidden, branch, num_prefix_tokens, gate, plan, needs, backend="torch",
-):  # fmt: skip
-    inputs = [tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha]
-    return tuple(_backward_results(inputs, [needs[0], False, *needs[2:]]))
-
-
 _IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {
     "crop_resize": (_crop_resize, _crop_resize_fake),
     "crop_resize_backward": (_crop_resize_backward, _crop_resize_backward_fake),
-    "crop_resize_backward_": (_crop_resize_backward_accumulated, _nothing_fake),
     "cvfm_forward": (_cvfm_forward, _cvfm_forward_fake),
-    "cvfm_forward_": (_cvfm_forward_in_place, _nothing_fake),
     "cvfm_backward": (_cvfm_backward, _cvfm_backward_fake),
-    "cvfm_backward_": (_cvfm_backward_accumulated, _cvfm_backward_accumulated_fake),
 }
 
 for _name, _schema in _SCHEMAS.items():

@@ -1,25 +1,12 @@
 """Which of the exact ways to compute the operation is used, decided from shapes, dtype and device alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
 
 from fila_kernels import tuned
-from fila_kernels.shape import SINGLE_PASS_WIDTH, Shape
-
-PLANS = ("sample_first", "project_first", "single_pass")
-DIRECTIONS = ("forward", "weight_gradient", "feature_gradient")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A plan for each direction, and why."""
-
-    forward: str
-    weight_gradient: str
-    feature_gradient: str
-    reasons: dict[str, str]
+from fila_kernels.call import DIRECTIONS, TRITON_SINGLE_PASS_WIDTH, UNMEASURED, Plan, Shape
 
 
 @dataclass(frozen=True)
@@ -84,7 +71,7 @@ def _by_cost(shape: Shape, dtype: torch.dtype, device: torch.device) -> Plan:
             f"cost model: sample_first {cost['sample_first'] * 1e3:.2f} ms for {shape.samples} samples, "
             f"project_first {cost['project_first'] * 1e3:.2f} ms for {shape.cells} cells"
         )
-    return Plan(**chosen, reasons=reasons)
+    return Plan(chosen["forward"], chosen["weight_gradient"], chosen["feature_gradient"], reasons)
 
 
 @cache
@@ -95,20 +82,24 @@ def _requested(plan: str) -> Plan:
         for direction in DIRECTIONS[1:]:
             chosen[direction] = "sample_first"
             reasons[direction] = "single_pass is a plan of the forward pass; its gradients sample first"
-    return Plan(**chosen, reasons=reasons)
+    return Plan(chosen["forward"], chosen["weight_gradient"], chosen["feature_gradient"], reasons)
 
 
 def choose(
     shape: Shape, dtype: torch.dtype, device: torch.device, requested: str | None = None, backend: str = "torch"
 ) -> Plan:
     """The plan for each direction: `requested`, else the tuned table's nearest entry, else the cost model's."""
+    table = tuned.load(_device_name(device)) if backend == "triton" else None
+    configs = UNMEASURED if table is None else table.configs(dtype)
     if requested:
-        return _requested(requested)
-    measured = tuned.load(_device_name(device)).plan(shape, dtype) if backend == "triton" else None
+        return replace(_requested(requested), configs=configs)
+    measured = None if table is None else table.plan(shape, dtype)
+    if measured is not None and "single_pass" in measured[0].values():
+        # An entry half as wide is near, and what it measured cannot run here.
+        measured = measured if max(shape.token_width, shape.hidden_width) <= TRITON_SINGLE_PASS_WIDTH else None
     if measured is None:
-        return _by_cost(shape, dtype, device)
+        return replace(_by_cost(shape, dtype, device), configs=configs)
     plans, exact = measured
-    if "single_pass" in plans.values() and max(shape.token_width, shape.hidden_width) > SINGLE_PASS_WIDTH:
-        return _by_cost(shape, dtype, device)  # an entry half as wide is near, what it measured cannot run here
     reason = f"tuned table of {_device_name(device)}: " + ("measured" if exact else "nearest entry")
-    return Plan(**plans, reasons=dict.fromkeys(DIRECTIONS, reason))
+    reasons = dict.fromkeys(DIRECTIONS, reason)
+    return Plan(plans["forward"], plans["weight_gradient"], plans["feature_gradient"], reasons, configs)

@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from fila_kernels.planner import PLANS
+from fila_kernels.call import GATES, PLANS
 
-GATES = ("product", "scale")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int32, torch.int64)
 
@@ -105,59 +104,3 @@ def check_cvfm(
     for name, tensor in [("features", features), *((name, entry[0]) for name, entry in expected.items())]:
         _expect(tensor.dtype == tokens.dtype, name, "dtype {} (as tokens)", tensor.dtype, tokens.dtype)
         _expect(tensor.device == tokens.device, name, "device {} (as tokens)", tensor.device, tokens.device)
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First and past-the-last byte that the tensor's elements lie in."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether their elements lie in spans of memory that meet; compiled code orders reads and writes itself."""
-    if torch.compiler.is_compiling() or one.device != other.device or not (one.numel() and other.numel()):
-        return False
-    (first, last), (start, end) = _span(one), _span(other)
-    return first < end and start < last
-
-
-def check_features_grad(features_grad: Tensor | None, features: Tensor) -> None:
-    """Raise `ValueError` unless the features' gradient can be added to `features_grad`."""
-    if features_grad is None:
-        return
-    name = "features_grad"
-    _expect(isinstance(features_grad, Tensor), name, "a tensor", type(features_grad).__name__)
-    shape = list(features.shape)
-    _expect(features_grad.shape == features.shape, name, "shape {} (as features)", features_grad.shape, shape)
-    dtypes = (features.dtype, torch.float32)
-    _expect(features_grad.dtype in dtypes, name, f"dtype {features.dtype} or torch.float32", features_grad.dtype)
-    _expect(features_grad.device == features.device, name, f"device {features.device}", features_grad.device)
-    _expect(features_grad.is_contiguous(), name, "a contiguous tensor", f"strides {features_grad.stride()}")
-    _expect(not features_grad.requires_grad, name, "a tensor that requires no gradient itself", "one that does")
-    _expect(not _overlap(features_grad, features), name, "no memory in common with features", "an overlap")
-    if torch.is_grad_enabled():
-        _expect(features.requires_grad, "features", "to require the gradient that features_grad is for", "no such")
-
-
-def _apart(count: int, stride: int, size: int) -> bool:
-    """Whether `count` things of `size` elements, a stride from each other, share none."""
-    return count <= 1 or stride >= size
-
-
-def check_in_place(tokens: Tensor, others: dict[str, Tensor]) -> None:
-    """Raise unless `tokens`, which passed `check_cvfm`, can be written while the others are read."""
-    if torch.is_grad_enabled():
-        for name, tensor in {"tokens": tokens, **others}.items():
-            if tensor.requires_grad:
-                raise RuntimeError(
-                    f"cvfm_: {name} requires a gradient, for which the tokens it would overwrite are needed; "
-                    "call it under torch.no_grad(), or call cvfm"
-                )
-    tiles, length, width = tokens.shape
-    per_tile, per_token = tokens.stride()[:2]
-    tiles_outside = _apart(length, per_token, width) and _apart(tiles, per_tile, (length - 1) * per_token + width)
-    tokens_outside = _apart(tiles, per_tile, width) and _apart(length, per_token, (tiles - 1) * per_tile + width)
-    _expect(tiles_outside or tokens_outside, "tokens", "elements that share no memory", f"strides {tokens.stride()}")
-    for name, tensor in others.items():
-        apart = not _overlap(tokens, tensor)
-        _expect(apart, name, "no memory in common with tokens, which are overwritten", "an overlap")

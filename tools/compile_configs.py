@@ -53,7 +53,7 @@ def problems(case: Case) -> Iterable[tuple[str, int, int, int]]:
     yield from (("fc1", rows, h, d + c), ("fc1_projected", rows, h, d), ("fc2", rows, d, h))
     yield from (("hidden_gradient", rows, h, d), ("input_gradient", rows, d + c, h))
     yield from (("weight_gradient", d, h, shape.samples), ("weight_gradient", h, c, shape.cells))
-    yield "single_pass", rows, configs.SINGLE_PASS_WIDTH, configs.SINGLE_PASS_WIDTH
+    yield "single_pass", rows, configs.TRITON_SINGLE_PASS_WIDTH, configs.TRITON_SINGLE_PASS_WIDTH
 
 
 def tasks(arch: int, name: str) -> list[Task]:

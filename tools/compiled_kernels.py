@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from fila_kernels import planner
-from fila_kernels.backends.eager import Call
 from fila_kernels.backends.triton import configs, crop_resize, host, products
+from fila_kernels.call import Call, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -40,7 +40,7 @@ INTENDED = {
     80: BY_REGISTERS, 89: BY_REGISTERS, 90: ("HGMMA", "UTMALDG"), 100: ("UTCHMMA", "UTMALDG"), 120: BY_REGISTERS,
 }  # fmt: skip
 # What a launch is beside its kernel's name.
-WORDS = {"PROJECTED": "projected", "IN_PLACE": "in place", "ACCUMULATE": "accumulated", "TAIL_M": "one image"}
+WORDS = {"PROJECTED": "projected", "TAIL_M": "one image"}
 # No config reads through descriptors here: row blocks of a single pass gather, and its weights stay in L2.
 WITHOUT_DESCRIPTORS = {arch: instructions[:1] for arch, instructions in INTENDED.items()}
 
@@ -208,7 +208,7 @@ def example(
     gate: str = "product",
 ) -> Call:  # fmt: skip
     """A call of the real kind: eight images of five tiles, stage 3 on a 768-pixel raster. Its memory is never read."""
-    shape = planner.Shape(tiles, 1, 24, width, width, channels, max(tiles // 5, 1), side, side)
+    shape = Shape(tiles, 1, 24, width, width, channels, max(tiles // 5, 1), side, side)
 
     def empty(*sizes: int) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype)
@@ -260,8 +260,7 @@ def other_launches(call: Call) -> None:
     maps = (shape.images, shape.height, shape.width)
     tables = crop_resize.crop_tables(call.boxes, call.image_index, 24, maps, True)
     grad = samples.unflatten(1, (24, 24))
-    for accumulate in (False, True):
-        crop_resize.crop_resize_bwd(grad, tables, 24, torch.empty_like(call.features), call.alpha, accumulate)
+    crop_resize.crop_resize_bwd(grad, tables, 24, torch.empty_like(call.features), call.alpha)
     flat, branch = torch.empty_like(call.tokens), torch.empty((shape.samples, shape.token_width), dtype=dtype)
     products.gate_gradient(call, flat, branch, torch.empty_like(flat), True, True)
     products.activate(call, branch, flat)
@@ -270,10 +269,9 @@ def other_launches(call: Call) -> None:
         one_image[name](None)
 
 
-def in_place_and_frozen(call: Call) -> None:
-    """What inference in place and frozen features leave out of two products."""
+def frozen(call: Call) -> None:
+    """What frozen features leave out of the tokens' gradient."""
     flat = torch.empty_like(call.tokens)
-    products.fc2(call, flat, call.tokens, None)
     products.input_gradient(call, flat, flat, torch.empty_like(flat), None)
 
 
@@ -284,8 +282,8 @@ def compile_defaults(arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Ker
     with compiling(arch, found, () if arch == 90 else ("reduce_kernel",)):
         launches = product_launches(call)
         if arch == 80:
-            del launches["fc2"], launches["input_gradient"]
-            in_place_and_frozen(call)
+            del launches["input_gradient"]
+            frozen(call)
         for launch in launches.values():
             launch(None)
         if arch == 90:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fila_kernels import native
-from fila_kernels.planner import Plan, Shape
+from fila_kernels.call import Call
 from fila_kernels.sampling import Bags, cell_bags, sample_bags, tile_slice, touched
 
 CHUNK_BYTES = 2 * 2**20
@@ -28,22 +28,18 @@ class Sampler(NamedTuple):
     crop_resize_backward: Callable[..., Tensor]
 
 
-class Call(NamedTuple):
-    """The validated arguments of one call, their sizes and the plan."""
+class Composition(Call):
+    """A call with the sampler that its composition uses: this file's where none is given."""
 
-    tokens: Tensor
-    features: Tensor
-    boxes: Tensor
-    image_index: Tensor
-    fc1_weight: Tensor
-    fc1_bias: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
-    alpha: Tensor
-    shape: Shape
-    gate: str
-    plan: Plan
-    sampler: Sampler | None = None  # another backend's, of compiled operators, in place of this file's
+    sampler: Sampler | None
+
+    @classmethod
+    def of(cls, call: Call, sampler: Sampler | None = None) -> "Composition":
+        if isinstance(call, Composition):
+            return call
+        composition = cls(*call)
+        composition.sampler = sampler
+        return composition
 
     @property
     def sampling(self) -> Sampler:
@@ -56,16 +52,6 @@ class Call(NamedTuple):
     @property
     def on_cpu(self) -> bool:
         return self.tokens.device.type == "cpu"
-
-    @property
-    def weight_x(self) -> Tensor:
-        """fc1's columns for the tokens, [H, D]."""
-        return self.fc1_weight[:, : self.shape.token_width]
-
-    @property
-    def weight_s(self) -> Tensor:
-        """fc1's columns for the sampled features, [H, C]."""
-        return self.fc1_weight[:, self.shape.token_width :]
 
     def closed(self) -> bool:
         """Whether the gate is known to be shut. Looking would synchronise a GPU, where masks do the same."""
@@ -129,12 +115,8 @@ def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int)
     return sum_bags(rows, bags).view(boxes.shape[0], size, size, channels)
 
 
-def crop_resize_backward(
-    grad: Tensor, boxes: Tensor, image_index: Tensor, maps: tuple[int, int, int], features_grad: Tensor | None = None
-) -> Tensor:
-    """[T, size, size, C] to [B, h, w, C], or added to `features_grad`: each cell gathers from the samples it was in."""
-    if features_grad is not None:
-        return features_grad.add_(crop_resize_backward(grad, boxes, image_index, maps))
+def crop_resize_backward(grad: Tensor, boxes: Tensor, image_index: Tensor, maps: tuple[int, int, int]) -> Tensor:
+    """[T, size, size, C] to [B, h, w, C]: each cell gathers from the samples that read it."""
     if native.serves(grad.dtype, grad.device)[0]:
         return torch.ops.fila.crop_resize_backward(dense_channels(grad), boxes, image_index, *maps, check_values=False)
     images, height, width = maps
@@ -162,7 +144,7 @@ def _untouched_zeros(count: int, rows: Tensor) -> Tensor:
 class _Gather:
     """S for any range of tiles in PyTorch alone, from one table of taps."""
 
-    def __init__(self, maps: Tensor, call: Call) -> None:
+    def __init__(self, maps: Tensor, call: Composition) -> None:
         self.patches, self.tiles = call.shape.patches, call.shape.tiles
         self.source, strides = map_rows(maps)
         sizes = (maps.shape[0], maps.shape[1], maps.shape[2])
@@ -180,7 +162,7 @@ class _Gather:
 class FirstLayer:
     """fc1 before its activation, Z [rows, H], for any range of tiles."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Composition) -> None:
         self.call, shape = call, call.shape
         self.projected = call.plan.forward == "project_first"
         self.maps = call.features
@@ -213,22 +195,19 @@ class FirstLayer:
         return torch.addmm(call.fc1_bias, joint, call.fc1_weight.t(), out=out)
 
 
-def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: bool = False) -> Tensor:
-    """The fused tokens; fills `hidden` [T * N, H] with Z and `branch` [T * N, D] with M where they are given.
-
-    In place, each chunk of tiles is written over what it was read from; the native operator makes a tensor of its own.
-    """
+def forward(call: Call, hidden: Tensor | None, branch: Tensor | None) -> Tensor:
+    """The fused tokens; fills `hidden` [T * N, H] with Z and `branch` [T * N, D] with M where they are given."""
+    call = Composition.of(call)
     tokens, shape = call.tokens, call.shape
-    if not in_place and native.serves(tokens.dtype, tokens.device)[0]:
+    if call.sampler is None and native.serves(tokens.dtype, tokens.device)[0]:
         features = dense_channels(call.features)
         return torch.ops.fila.cvfm_forward(
             tokens, features, *call[2:9], shape.prefix, call.gate, call.plan.forward, hidden, branch, check_values=False
         )
-    out = tokens if in_place else torch.empty_like(tokens, memory_format=torch.contiguous_format)
+    out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
     closed = call.closed()
-    if not in_place:
-        passing = None if closed else shape.prefix
-        out[:, :passing] = tokens[:, :passing]
+    passing = None if closed else shape.prefix
+    out[:, :passing] = tokens[:, :passing]
     if closed and hidden is None and branch is None:
         return out
     first_layer = FirstLayer(call)
@@ -249,7 +228,7 @@ def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: 
     return out
 
 
-def _gated(m: Tensor, call: Call) -> Tensor:
+def _gated(m: Tensor, call: Composition) -> Tensor:
     """tanh(alpha M) or tanh(alpha) M in at least float32, so that only the sum with the tokens is rounded."""
     if not call.on_cpu:
         # A zero gate times a non-finite entry is nothing, not NaN.

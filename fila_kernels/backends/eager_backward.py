@@ -4,36 +4,19 @@ Beside the results it holds two buffers of [T * N, max(D, H)]: dM, and A, whose 
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fila_kernels.backends.eager import (
-    Call,
+    Composition,
     FirstLayer,
     dense_channels,
     gate_sigmoid,
     wide,
 )
-
-
-class Needs(NamedTuple):
-    """Which gradients are wanted."""
-
-    tokens: bool
-    features: bool
-    fc1_weight: bool
-    fc1_bias: bool
-    fc2_weight: bool
-    fc2_bias: bool
-    alpha: bool
-
-    @property
-    def inner(self) -> bool:
-        """Whether anything before the activation wants a gradient."""
-        return self.tokens or self.features or self.fc1_weight or self.fc1_bias
+from fila_kernels.call import Call, Needs
 
 
 def _sum_product(left: Tensor, right: Tensor) -> Tensor:
@@ -42,24 +25,13 @@ def _sum_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def backward(
-    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs,
-    features_grad: Tensor | None = None,
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of tokens, features, fc1 weight and bias, fc2 weight and bias, alpha; None where not needed.
-
-    `hidden` (Z) and `branch` (M) are what the forward pass saved, or None. The features' gradient is added to
-    `features_grad` where that is given.
-    """
-    results = _backward(call, grad, hidden, branch, needs)
-    if features_grad is not None and results[1] is not None:
-        features_grad.add_(results[1])
-        results[1] = None
-    return results
-
-
-def _backward(
     call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs
 ) -> list[Tensor | None]:
+    """Gradients of tokens, features, fc1 weight and bias, fc2 weight and bias, alpha; None where not needed.
+
+    `hidden` (Z) and `branch` (M) are what the forward pass saved, or None.
+    """
+    call = Composition.of(call)
     closed = call.closed()
     if hidden is None and (branch is None or needs.inner or needs.fc2_weight) and (needs.alpha or not closed):
         hidden = _recompute_hidden(call)
@@ -91,7 +63,7 @@ def _backward(
     return results
 
 
-def _recompute_hidden(call: Call) -> Tensor:
+def _recompute_hidden(call: Composition) -> Tensor:
     hidden = call.tokens.new_empty(call.shape.samples, call.shape.hidden_width)
     first_layer = FirstLayer(call)
     for first, last, rows in call.chunks():
@@ -100,7 +72,7 @@ def _recompute_hidden(call: Call) -> Tensor:
 
 
 def _backward_closed(
-    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs
+    call: Composition, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs
 ) -> list[Tensor | None]:
     """At alpha = 0 everything inside the branch gets exactly zero, and alpha feels the finite entries of M."""
     inputs = (call.fc1_weight, call.fc1_bias, call.fc2_weight, call.fc2_bias)
@@ -125,7 +97,12 @@ def _backward_closed(
 
 
 def _second_layer(
-    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs, results: list[Tensor | None]
+    call: Composition,
+    grad: Tensor,
+    hidden: Tensor | None,
+    branch: Tensor | None,
+    needs: Needs,
+    results: list[Tensor | None],
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """fc2's gradients; returns A (None where nobody needs it), dM, and the product gate's sum for alpha.
 
@@ -169,7 +146,7 @@ def _second_layer(
     return activated, branch_grad, total
 
 
-def _slope(m: Tensor, patch_grad: Tensor, call: Call) -> Tensor:
+def _slope(m: Tensor, patch_grad: Tensor, call: Composition) -> Tensor:
     """(1 - tanh^2(alpha M)) dY in at least float32: in bfloat16 the difference would leave nothing of a full gate."""
     if m.dtype in (torch.float32, torch.float64):
         tanh = torch.mul(m, call.alpha).tanh_()
@@ -178,7 +155,7 @@ def _slope(m: Tensor, patch_grad: Tensor, call: Call) -> Tensor:
     return torch.ops.aten.sigmoid_backward.grad_input(wide(patch_grad), sigmoid, grad_input=sigmoid).mul_(4)
 
 
-def _alpha_sum(slope: Tensor, m: Tensor, call: Call) -> Tensor:
+def _alpha_sum(slope: Tensor, m: Tensor, call: Composition) -> Tensor:
     """sum (1 - tanh^2) dY M; see `reference.gated` for what non-finite entries count."""
     total = _sum_product(slope, m)
     if not call.on_cpu or not bool(torch.isfinite(total)):
@@ -188,7 +165,7 @@ def _alpha_sum(slope: Tensor, m: Tensor, call: Call) -> Tensor:
 
 
 def _through_activation(
-    call: Call, grad: Tensor, hidden: Tensor, activated: Tensor | None, branch_grad: Tensor, needs: Needs,
+    call: Composition, grad: Tensor, hidden: Tensor, activated: Tensor | None, branch_grad: Tensor, needs: Needs,
     results: list[Tensor | None],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dZ [T * N, H] in A's place, the tokens' gradient, and sum dA A for the scale gate's alpha."""
@@ -216,7 +193,7 @@ def _through_activation(
     return inner, dot
 
 
-def _add_rows(call: Call, grad: Tensor, dz: Tensor, tokens_grad: Tensor, first: int, last: int) -> None:
+def _add_rows(call: Composition, grad: Tensor, dz: Tensor, tokens_grad: Tensor, first: int, last: int) -> None:
     """dX = dY + dZ W1x for some tiles, straight into the result where its rows are flat."""
     target = tokens_grad[first:last, call.shape.prefix :]
     patch_grad = call.patches(grad, first, last)
@@ -226,7 +203,7 @@ def _add_rows(call: Call, grad: Tensor, dz: Tensor, tokens_grad: Tensor, first: 
         target.copy_(torch.addmm(patch_grad, dz, call.weight_x).view(target.shape))
 
 
-def _weight_chunks(call: Call) -> Iterable[tuple[int, int, slice]]:
+def _weight_chunks(call: Composition) -> Iterable[tuple[int, int, slice]]:
     """All rows at once below float32, where each partial sum would be rounded; else chunks, which copy no tokens."""
     if call.tokens.dtype in (torch.float32, torch.float64):
         return call.chunks()
@@ -241,7 +218,7 @@ def _accumulate(out: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
         out.addmm_(left.t(), right)
 
 
-def _first_layer(call: Call, inner: Tensor, needs: Needs, results: list[Tensor | None]) -> None:
+def _first_layer(call: Composition, inner: Tensor, needs: Needs, results: list[Tensor | None]) -> None:
     """fc1's and the features' gradients from dZ."""
     shape, plan = call.shape, call.plan
     maps = (shape.images, shape.height, shape.width)
@@ -281,7 +258,7 @@ def _first_layer(call: Call, inner: Tensor, needs: Needs, results: list[Tensor |
             results[1] = go_back(sampled_grad, call.boxes, call.image_index, maps)
 
 
-def _silence(call: Call, grad: Tensor, results: list[Tensor | None]) -> None:
+def _silence(call: Composition, grad: Tensor, results: list[Tensor | None]) -> None:
     """What `_backward_closed` does, without looking at alpha: 0 times a non-finite number left NaN behind."""
     shut = call.alpha == 0
     for slot, result in enumerate(results[:6]):

@@ -35,7 +35,7 @@ def test_narrow_widths_and_float32_are_measured_on_a_gpu():
     asked = set(commands["narrow"][commands["narrow"].index("--variants") + 1].split(","))
     assert {"triton", "triton_single_pass", "triton_sample_first", "cuda", "tuned_eager", "library"} <= asked
     assert asked <= set(REGISTRY)
-    assert all(max(c.token_width, c.hidden_width) <= configs.SINGLE_PASS_WIDTH for c in SUITES["narrow"])
+    assert all(max(c.token_width, c.hidden_width) <= configs.TRITON_SINGLE_PASS_WIDTH for c in SUITES["narrow"])
     assert {case.dtype for case in SUITES["float32"]} == {"float32"}
     assert "float32" in commands["float32"]
 

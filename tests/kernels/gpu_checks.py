@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from cases import DIFFERENTIABLE, Case, assert_close, gradients, options
-from test_accumulate import crop_resize_reads
 from torch import Tensor
 
 from bench.verify import alpha_terms
-from fila_kernels import cvfm, cvfm_, reference
+from fila_kernels import cvfm, reference
 
 Inputs = Mapping[str, Tensor]
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -83,60 +82,3 @@ def check(
     for name in wanted:
         largest = alpha_terms(wide, grad, gate, case.prefix) if name == "alpha" else None
         assert_close(name, found[name].cpu(), exact[name], eager[name].cpu(), largest)
-
-
-def check_in_place(
-    case: Case,
-    backend: str,
-    dtype: torch.dtype,
-    *,
-    device: str = "cuda",
-    change: Change = unchanged,
-    function: Callable[..., Tensor] = cvfm_,
-    **settings,
-) -> None:
-    """Tokens hold the result, prefix tokens and what lies around the tokens what they held."""
-    inputs = change(case.inputs(dtype))
-    exact = reference.cvfm(**in_double(inputs), **options(case))
-    there = on_device(inputs, device)
-    eager = reference.cvfm(**there, **options(case))
-    tokens = there["tokens"]
-    memory = tokens.untyped_storage().nbytes() // tokens.element_size()
-    whole = tokens.as_strided((memory,), (1,), 0)
-    outside = torch.ones_like(whole, dtype=torch.bool)
-    outside.as_strided(tokens.shape, tokens.stride(), tokens.storage_offset()).fill_(False)
-    prefix = tokens[:, : case.prefix].clone()
-    with torch.no_grad():
-        assert function(**there, **options(case), backend=backend, **settings) is tokens
-    assert_close("out", tokens.cpu(), exact, eager.cpu())
-    assert torch.equal(tokens[:, : case.prefix], prefix)
-    assert bool(whole[outside].isnan().all()), "written beside the tokens"
-
-
-def check_features_grad(
-    case: Case,
-    backend: str,
-    dtype: torch.dtype,
-    *,
-    device: str = "cuda",
-    change: Change = unchanged,
-    function: Callable[..., Tensor] = cvfm,
-    **settings,
-) -> None:
-    """Two calls add to one tensor, whose cells that nothing reads are NaN before and after."""
-    inputs = change(case.inputs(dtype))
-    wide, grad = in_double(inputs), gradient_for(inputs)
-    there, grad_there = on_device(inputs, device), grad.to(device)
-    _, exact = gradients(reference.cvfm, wide, grad, ("features",), **options(case))
-    _, eager = gradients(reference.cvfm, there, grad_there, ("features",), **options(case))
-    unread = ~crop_resize_reads(wide, case.grid)
-    start = torch.randn(exact["features"].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-    total = start.masked_fill(unread, float("nan")).contiguous().to(device)
-    leaves = there | {name: there[name].detach().requires_grad_() for name in DIFFERENTIABLE}
-    for _ in range(2):
-        out = function(**leaves, **options(case), backend=backend, features_grad=total, **settings)
-        torch.autograd.grad(out, [leaves[name] for name in DIFFERENTIABLE], grad_there, allow_unused=True)
-    found, twice = total.cpu(), start + eager["features"].cpu() + eager["features"].cpu()
-    assert torch.equal(found.isnan(), unread.expand_as(found))
-    expected = start.double() + 2 * exact["features"]
-    assert_close("features_grad", *(each.masked_fill(unread, 0) for each in (found, expected, twice)))

@@ -73,18 +73,6 @@ def test_single_pass_is_never_another_plan(monkeypatch):
         cvfm(**Case("odd", feature_width=7).inputs(torch.bfloat16), backend="cuda", plan="single_pass")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_place(dtype):
-    from fila_kernels import cvfm_
-
-    inputs = Case("in_place", hidden_width=16, feature_width=8).inputs(dtype)
-    expected = cvfm(**inputs, backend="cuda")
-    storage = inputs["tokens"].data_ptr()
-    result = cvfm_(**inputs, backend="cuda")
-    assert result.data_ptr() == storage
-    assert torch.equal(result, expected)
-
-
 def test_crop_resize_alone_takes_channels_of_any_stride():
     inputs = Case("alone").inputs(torch.float32)
     planar = inputs["features"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)

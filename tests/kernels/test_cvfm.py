@@ -9,6 +9,7 @@ from cases import CASES, DIFFERENTIABLE, REAL, Case, assert_close, gradients, id
 
 from bench.verify import alpha_terms
 from fila_kernels import cvfm, planner, reference
+from fila_kernels.call import Plan
 
 PLANS = ("sample_first", "project_first")
 GATES = ("product", "scale")
@@ -68,7 +69,7 @@ def test_output_and_every_gradient(case, dtype, plan, gate):
 
 @pytest.mark.parametrize("chosen", list(itertools.product(PLANS, repeat=3)), ids="-".join)
 def test_each_direction_has_its_own_plan(chosen, monkeypatch):
-    monkeypatch.setattr(planner, "choose", lambda *_: planner.Plan(*chosen, reasons={}))
+    monkeypatch.setattr(planner, "choose", lambda *_: Plan(*chosen, reasons={}))
     inputs = Case("mixed", tiles=5, boxes="overlapping").inputs()
     grad = torch.randn_like(inputs["tokens"])
     expected_out, expected = gradients(reference.cvfm, inputs, grad)

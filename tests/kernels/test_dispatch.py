@@ -8,8 +8,9 @@ import torch
 from cases import Case
 
 from fila_kernels import crop_resize, cvfm, dispatch, explain, info, native, planner
+from fila_kernels.call import Shape
 
-SHAPE = planner.Shape(5, 1, 24, 1024, 1024, 1536, 1, 24, 24)
+SHAPE = Shape(5, 1, 24, 1024, 1024, 1536, 1, 24, 24)
 
 
 def test_default_and_reason(monkeypatch):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES, DIFFERENTIABLE, REAL, Case, gradients, ids
-from gpu_checks import aligned_slice, channels_first, check, check_features_grad, check_in_place, on_device, unchanged
+from gpu_checks import aligned_slice, channels_first, check, on_device, unchanged
 from interpreter import ALIGNED, UNALIGNED
 
 from fila_kernels import crop_resize, cvfm, dispatch
@@ -70,22 +70,6 @@ def test_every_plan_and_layout_of_whole_vectors(backend, case, plan, change):
 @pytest.mark.parametrize("backend", TRITON)
 def test_single_pass(backend, case, change, dtype):
     check(case, backend, dtype, change=change, plan="single_pass")
-    check_in_place(case, backend, dtype, change=change, plan="single_pass")
-
-
-@pytest.mark.parametrize("change", LAYOUTS)
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("case", [NARROW, NARROWER, ALIGNED, UNALIGNED, *CASES[:4]], ids=ids)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_in_place(backend, case, plan, change):
-    check_in_place(case, backend, torch.bfloat16, change=change, plan=plan)
-
-
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("case", [NARROW, NARROWER, ALIGNED, UNALIGNED, *CASES[:3]], ids=ids)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_features_grad(backend, case, plan):
-    check_features_grad(case, backend, torch.bfloat16, plan=plan)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,8 +7,9 @@ import torch
 
 from bench import bench_gemm, contest, tune
 from bench.cases import Case
-from fila_kernels import planner, tuned
+from fila_kernels import tuned
 from fila_kernels.backends.triton import configs
+from fila_kernels.call import DIRECTIONS
 
 CPU = torch.device("cpu")
 CASE = Case(64, 1, "float32", hidden_width=32, token_width=16, grid=2)
@@ -52,11 +53,12 @@ def test_a_table_is_written_that_launchers_and_planner_read(tmp_path, monkeypatc
     tuned.load.cache_clear()
     table = tuned.load("interpreter")
     assert len(table) == 3
-    assert table.config("fc2", entries["configs"][1]["problem"], torch.float32) == entries["configs"][1]["config"]
+    fc2 = entries["configs"][1]
+    assert table.configs(torch.float32).nearest("fc2", fc2["problem"]) == (fc2["config"], True)
     chosen, exact = table.plan(tune.shape_of(CASE), torch.float32)
     tuned.load.cache_clear()
     assert exact
-    assert set(chosen) == set(planner.DIRECTIONS)
+    assert set(chosen) == set(DIRECTIONS)
     again = tuner(path, ["crop_resize", "fc2"])
     again.tune_problem = pytest.fail
     again.tune_configs(CASE, "sample_first")
@@ -68,7 +70,7 @@ def test_nothing_is_begun_after_the_deadline(tmp_path):
     late = tuner(tmp_path / "late.json", configs.KERNELS, deadline=0.0)
     late.tune(CASE)
     assert not (tmp_path / "late.json").exists()
-    assert not late.trial.configs
+    assert not late.trial.tried
 
 
 def test_the_default_stays_unless_something_is_clearly_faster(tmp_path):

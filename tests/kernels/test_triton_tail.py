@@ -3,7 +3,6 @@
 import pytest
 import torch
 from interpreter import ALIGNED, guards  # noqa: F401
-from test_in_place import check as check_in_place
 from test_triton_cvfm import check
 
 from fila_kernels.backends.triton import configs
@@ -37,6 +36,5 @@ def test_output_and_every_gradient(plan, gate):
 
 
 @pytest.mark.usefixtures("guards", "tail")
-def test_float16_and_in_place():
+def test_float16():
     check(ALIGNED, torch.float16, "product", plan="sample_first")
-    check_in_place(ALIGNED, torch.float32, "triton", plan="sample_first")

@@ -9,8 +9,9 @@ from cases import Case
 
 from fila_kernels import cvfm, planner, tuned
 from fila_kernels.backends.triton import configs
+from fila_kernels.call import DIRECTIONS, Shape
 
-SHAPE = planner.Shape(5, 1, 24, 1024, 1024, 1536, 1, 24, 24)
+SHAPE = Shape(5, 1, 24, 1024, 1024, 1536, 1, 24, 24)
 
 
 def config(rows):
@@ -22,7 +23,7 @@ ENTRIES = {
     "device": "Test GPU 1",
     "plans": [
         {"shape": SHAPE._asdict(), "dtype": "bfloat16"}
-        | dict.fromkeys(planner.DIRECTIONS, "project_first")
+        | dict.fromkeys(DIRECTIONS, "project_first")
         | {"feature_gradient": "sample_first"}
     ],
     "configs": [
@@ -54,10 +55,12 @@ def test_nearest_entry_within_a_factor_of_two():
     assert table.plan(SHAPE._replace(tiles=11), bf16) is None
     assert table.plan(SHAPE._replace(prefix=0), bf16) is None
     assert table.plan(SHAPE, torch.float16) is None
-    assert table.config("fc2", (2885, 1024, 1024), bf16) == config(64)
-    assert table.config("fc2", (4400, 1024, 1024), bf16) == config(128)
-    assert table.config("fc2", (20_000, 1024, 1024), bf16) is None
-    assert table.config("fc1", (2885, 1024, 1024), bf16) is None
+    measured = table.configs(bf16)
+    assert measured.nearest("fc2", (2885, 1024, 1024)) == (config(64), True)
+    assert measured.nearest("fc2", (4400, 1024, 1024)) == (config(128), False)
+    assert measured.nearest("fc2", (20_000, 1024, 1024)) is None
+    assert measured.nearest("fc1", (2885, 1024, 1024)) is None
+    assert table.configs(torch.float16).nearest("fc2", (2885, 1024, 1024)) is None
     assert not len(tuned.Table())
 
 
@@ -86,7 +89,7 @@ def test_planner_takes_the_table_for_triton_alone(folder, monkeypatch):
 def test_a_single_pass_that_was_measured_is_not_taken_where_it_cannot_run(folder, monkeypatch):
     """An entry stands for widths up to twice its own; the single pass ends at 512."""
     narrow = SHAPE._replace(token_width=512, hidden_width=512)
-    plans = {"shape": narrow._asdict(), "dtype": "bfloat16"} | dict.fromkeys(planner.DIRECTIONS, "sample_first")
+    plans = {"shape": narrow._asdict(), "dtype": "bfloat16"} | dict.fromkeys(DIRECTIONS, "sample_first")
     entries = ENTRIES | {"plans": [plans | {"forward": "single_pass"}]}
     tuned.path_of("Test GPU 1").write_text(json.dumps(entries))
     monkeypatch.setattr(planner, "_device_name", lambda device: "Test GPU 1")
@@ -103,12 +106,9 @@ def test_sizes_are_read_by_name():
     assert table.plan(SHAPE, torch.bfloat16)[1]
 
 
-OLD = {"kernel": "fc2", "problem": [2885, 1024, 1024], "dtype": "bfloat16", "config": config(64) | {"unroll": 2}}
-
-
 @pytest.mark.parametrize(
     "text",
-    ["{", '{"schema": 99}', "[]", '{"schema": 1, "plans": [{}]}', json.dumps({"schema": 1, "configs": [OLD]}),
+    ["{", '{"schema": 99}', "[]", '{"schema": 1, "plans": [{}]}',
      json.dumps({"schema": 1, "plans": [{"shape": {"tiles": 1}, "dtype": "bfloat16"}]})],
 )  # fmt: skip
 def test_a_table_that_cannot_be_used_warns_once_and_counts_as_none(folder, text):
@@ -119,6 +119,11 @@ def test_a_table_that_cannot_be_used_warns_once_and_counts_as_none(folder, text)
         warnings.simplefilter("error")
         assert not len(tuned.load("broken"))
         assert not len(tuned.load("never tuned"))
+
+
+def test_a_config_of_another_version_warns_and_is_not_used():
+    with pytest.warns(UserWarning, match="config of fc2 is not used: .*unroll"):
+        assert configs.config_from("fc2", config(64) | {"unroll": 2}) is None
 
 
 def test_tables_that_are_shipped_can_be_read():

@@ -4,13 +4,14 @@
 kernel is launched with a config that the caller gives, else the tuned table's, else `default`.
 """
 
+import warnings
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any
 
 import torch
 
-from fila_kernels.shape import SINGLE_PASS_WIDTH
+from fila_kernels.call import TRITON_SINGLE_PASS_WIDTH
 
 KERNELS = (
     "crop_resize", "crop_resize_backward", "fc1", "fc1_projected", "fc2", "single_pass",
@@ -130,9 +131,13 @@ Config = GatherConfig | GemmConfig
 GATHERS = ("crop_resize", "crop_resize_backward", "gate_backward")
 
 
-def config_from(kernel: str, values: dict[str, Any]) -> Config:
-    """A config from a table's plain values; unknown names raise TypeError."""
-    return (GatherConfig if kernel in GATHERS else GemmConfig)(**values)
+def config_from(kernel: str, values: dict[str, Any]) -> Config | None:
+    """A config from a table's plain values; None, with a warning, where this version does not know their names."""
+    try:
+        return (GatherConfig if kernel in GATHERS else GemmConfig)(**values)
+    except TypeError as error:
+        warnings.warn(f"fila_kernels: the tuned config of {kernel} is not used: {error}", stacklevel=2)
+        return None
 
 
 def plain(config: Config) -> dict[str, Any]:
@@ -211,7 +216,7 @@ def supports(config: Config, problem: Problem, device: Device) -> bool:
     if problem.kernel in GATHERS or min(sizes) < 16 or config.num_stages < 1:
         return False
     wide = problem.kernel == "single_pass"
-    if wide and max(problem.n, problem.k) > SINGLE_PASS_WIDTH:
+    if wide and max(problem.n, problem.k) > TRITON_SINGLE_PASS_WIDTH:
         return False
     if (config.split_k > 1 and problem.kernel != "weight_gradient") or config.split_k < 1:
         return False

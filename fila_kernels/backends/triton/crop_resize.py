@@ -26,6 +26,7 @@ from torch import Tensor
 from fila_kernels.backends.triton.configs import Config, GatherConfig, Problem, power_of_two
 from fila_kernels.backends.triton.host import blocks, choose, run
 from fila_kernels.backends.triton.primitives import axis_tap, bilinear, clamped_image, sample_taps, upper_tap
+from fila_kernels.call import UNMEASURED, Measured
 
 
 @triton.jit
@@ -207,13 +208,14 @@ class Tables(NamedTuple):
 
 
 def crop_resize_fwd(
-    features: Tensor, boxes: Tensor, image_index: Tensor, size: int, out: Tensor, config: Config | None = None
-) -> None:
+    features: Tensor, boxes: Tensor, image_index: Tensor, size: int, out: Tensor, config: Config | None = None,
+    configs: Measured = UNMEASURED,
+) -> None:  # fmt: skip
     """Samples into `out` [T, N, C], whose rows may lie anywhere but whose channels are dense."""
     images, height, width, channels = features.shape
     tiles, samples = boxes.shape[0], size * size
     problem = Problem("crop_resize", tiles * samples, channels, 0, features.dtype)
-    config = choose(problem, features.device, config)
+    config = choose(problem, features.device, config, configs)
     assert isinstance(config, GatherConfig)
     *strides, last = features.stride()
     strides += [out.stride(0), out.stride(1)]
@@ -253,7 +255,7 @@ def crop_tables(boxes: Tensor, image_index: Tensor, size: int, maps: tuple[int, 
 
 def crop_resize_bwd(
     grad: Tensor, tables: Tables, size: int, out: Tensor, alpha: Tensor | None = None, accumulate: bool = False,
-    config: Config | None = None,
+    config: Config | None = None, configs: Measured = UNMEASURED,
 ) -> None:  # fmt: skip
     """Samples' gradients [T, size, size, C] of any stride into the dense map `out` [B, h, w, C], or added to it.
 
@@ -263,7 +265,7 @@ def crop_resize_bwd(
     *strides, last = grad.stride()
     vector = vector_of(grad.dtype, channels, tuple(strides), last)
     problem = Problem("crop_resize_backward", images * height * width, channels, 0, out.dtype)
-    config = choose(problem, out.device, config)
+    config = choose(problem, out.device, config, configs)
     assert isinstance(config, GatherConfig)
     run(
         crop_resize_bwd_kernel,

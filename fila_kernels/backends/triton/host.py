@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fila_kernels import tuned
 from fila_kernels.backends.triton import configs
 from fila_kernels.backends.triton.configs import Config, GemmConfig, Problem
+from fila_kernels.call import UNMEASURED, Measured
 
 
 def device_guard(device: torch.device) -> AbstractContextManager:
@@ -18,8 +18,10 @@ def device_guard(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def choose(problem: Problem, device: torch.device, config: Config | None = None) -> Config:
-    """The caller's config, else the tuned table's for a problem as large, else the default.
+def choose(
+    problem: Problem, device: torch.device, config: Config | None = None, measured: Measured = UNMEASURED
+) -> Config:
+    """The caller's config, else the one measured for a problem as large, else the default.
 
     Raises:
         ValueError: a config that was asked for cannot run here.
@@ -29,11 +31,10 @@ def choose(problem: Problem, device: torch.device, config: Config | None = None)
         if not configs.supports(config, problem, limits):
             raise ValueError(f"{config} cannot run {problem} on {limits.name}")
         return config
-    values = tuned.load(limits.name).config(problem.kernel, (problem.m, problem.n, problem.k), problem.dtype)
-    if values is not None:
-        found = configs.config_from(problem.kernel, values)
-        if configs.supports(found, problem, limits):
-            return found
+    nearest = measured.nearest(problem.kernel, (problem.m, problem.n, problem.k))
+    found = None if nearest is None else configs.config_from(problem.kernel, nearest[0])
+    if found is not None and configs.supports(found, problem, limits):
+        return found
     return configs.default(problem, limits)
 
 
@@ -89,9 +90,11 @@ class Product(NamedTuple):
     constants: dict[str, Any]
 
 
-def product(problem: Problem, device: torch.device, config: Config | None = None) -> Product:
+def product(
+    problem: Problem, device: torch.device, config: Config | None = None, measured: Measured = UNMEASURED
+) -> Product:
     """One program for each tile, or, with a persistent config, as many as run at a time."""
-    config = choose(problem, device, config)
+    config = choose(problem, device, config, measured)
     assert isinstance(config, GemmConfig)
     return _product(problem, configs.device_of(device), config, precision(problem.dtype))
 

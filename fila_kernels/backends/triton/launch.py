@@ -7,11 +7,10 @@ for the backward pass has a row for each of the T * N samples.
 import torch
 from torch import Tensor
 
-from fila_kernels.backends.eager import Call
-from fila_kernels.backends.eager_backward import Needs
 from fila_kernels.backends.triton import products
 from fila_kernels.backends.triton.crop_resize import Tables, crop_resize_bwd, crop_resize_fwd, crop_tables
 from fila_kernels.backends.triton.host import dense_rows, device_guard
+from fila_kernels.call import Call, Needs
 
 
 def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int) -> Tensor:
@@ -22,15 +21,13 @@ def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int)
     return out
 
 
-def crop_resize_backward(
-    grad: Tensor, boxes: Tensor, image_index: Tensor, maps: tuple[int, int, int], features_grad: Tensor | None = None
-) -> Tensor:
-    """[T, size, size, C] of any stride to the dense [B, h, w, C], or added to `features_grad`."""
+def crop_resize_backward(grad: Tensor, boxes: Tensor, image_index: Tensor, maps: tuple[int, int, int]) -> Tensor:
+    """[T, size, size, C] of any stride to the dense [B, h, w, C]."""
     size = grad.shape[1]
-    out = grad.new_empty((*maps, grad.shape[3])) if features_grad is None else features_grad
+    out = grad.new_empty((*maps, grad.shape[3]))
     with device_guard(grad.device):
         tables = crop_tables(boxes, image_index, size, maps, True)
-        crop_resize_bwd(grad, tables, size, out, accumulate=features_grad is not None)
+        crop_resize_bwd(grad, tables, size, out)
     return out
 
 
@@ -50,7 +47,14 @@ def _maps(call: Call) -> tuple[int, int, int]:
 def _sampled(call: Call) -> Tensor:
     """S [T, L, C]; its prefix rows are left as they are."""
     s = _flat(call, call.shape.feature_width)
-    crop_resize_fwd(call.features, call.boxes, call.image_index, call.shape.grid, s[:, call.shape.prefix :])
+    crop_resize_fwd(
+        call.features,
+        call.boxes,
+        call.image_index,
+        call.shape.grid,
+        s[:, call.shape.prefix :],
+        configs=call.plan.configs,
+    )
     return s
 
 
@@ -67,9 +71,9 @@ def _first_layer(call: Call, hidden: Tensor | None, activated: Tensor | None) ->
     return None
 
 
-def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: bool = False) -> Tensor:
+def forward(call: Call, hidden: Tensor | None, branch: Tensor | None) -> Tensor:
     """The fused tokens; fills `hidden` [T * N, H] with Z and `branch` [T * N, D] with M where they are given."""
-    out = call.tokens if in_place else _dense_like(call.tokens)
+    out = _dense_like(call.tokens)
     with device_guard(call.tokens.device):
         if call.plan.forward == "single_pass":
             products.single_pass(call, out, hidden, branch)
@@ -81,20 +85,18 @@ def forward(call: Call, hidden: Tensor | None, branch: Tensor | None, in_place: 
 
 
 def backward(
-    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs,
-    features_grad: Tensor | None = None,
-) -> list[Tensor | None]:  # fmt: skip
+    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs
+) -> list[Tensor | None]:
     """Gradients of tokens, features, fc1 weight and bias, fc2 weight and bias, alpha; None where not needed.
 
-    `hidden` (Z) and `branch` (M) are what the forward pass saved, or None. The features' gradient is added to
-    `features_grad` where that is given.
+    `hidden` (Z) and `branch` (M) are what the forward pass saved, or None.
     """
     with device_guard(grad.device):
-        return _backward(call, dense_rows(grad), hidden, branch, needs, features_grad)
+        return _backward(call, dense_rows(grad), hidden, branch, needs)
 
 
 def _backward(
-    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs, features_grad: Tensor | None
+    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs
 ) -> list[Tensor | None]:
     shape, product = call.shape, call.gate == "product"
     results: list[Tensor | None] = [None] * 7
@@ -146,14 +148,13 @@ def _backward(
         products.weight_gradient(call, *rows, weight_grad, "parameter" if product else "scaled")
     del branch_grad, activated
     if hidden_grad is not None:
-        _inner_gradients(call, grad, hidden_grad, sampled, needs, results, features_grad)
+        _inner_gradients(call, grad, hidden_grad, sampled, needs, results)
     return results
 
 
 def _inner_gradients(
-    call: Call, grad: Tensor, hidden_grad: Tensor, sampled: Tensor | None, needs: Needs, results: list[Tensor | None],
-    features_grad: Tensor | None,
-) -> None:  # fmt: skip
+    call: Call, grad: Tensor, hidden_grad: Tensor, sampled: Tensor | None, needs: Needs, results: list[Tensor | None]
+) -> None:
     """What follows from dZ [T, L, H]: the tokens', the features' and fc1's weight's gradients."""
     shape, plan = call.shape, call.plan
     weight_projects = needs.fc1_weight and plan.weight_gradient == "project_first"
@@ -172,16 +173,14 @@ def _inner_gradients(
         gathered = call.tokens.new_empty((*_maps(call), shape.hidden_width))
         _gather(call, hidden_grad, tables, gathered)
     if needs.features:
-        accumulate = features_grad is not None
-        if features_grad is None:
-            results[1] = features_grad = _dense_like(call.features)
+        results[1] = features_grad = _dense_like(call.features)
         if feature_projects:  # dF = dP W1s
             assert gathered is not None
-            products.input_gradient(call, gathered, grad, None, features_grad, accumulate)
+            products.input_gradient(call, gathered, grad, None, features_grad)
         else:  # dF = R' dS
             assert sampled_grad is not None
             assert tables is not None
-            _gather(call, sampled_grad, tables, features_grad, accumulate)
+            _gather(call, sampled_grad, tables, features_grad)
     if needs.fc1_weight:
         weight_grad = _dense_like(call.fc1_weight)
         inner = hidden_grad[:, shape.prefix :]
@@ -196,8 +195,8 @@ def _inner_gradients(
         results[2] = weight_grad
 
 
-def _gather(call: Call, rows: Tensor, tables: Tables, out: Tensor, accumulate: bool = False) -> None:
+def _gather(call: Call, rows: Tensor, tables: Tables, out: Tensor) -> None:
     """Flat rows [T, L, width] of the samples gathered into the cells of `out`."""
     shape = call.shape
     samples = rows[:, shape.prefix :].unflatten(1, (shape.grid, shape.grid))
-    crop_resize_bwd(samples, tables, shape.grid, out, call.alpha, accumulate)
+    crop_resize_bwd(samples, tables, shape.grid, out, call.alpha, configs=call.plan.configs)

@@ -6,7 +6,6 @@ Flat buffers are [T, L, width] and dense; tokens and their gradient may have any
 import torch
 from torch import Tensor
 
-from fila_kernels.backends.eager import Call
 from fila_kernels.backends.triton import backward, forward
 from fila_kernels.backends.triton.configs import Config, GatherConfig, GemmConfig, Problem, power_of_two
 from fila_kernels.backends.triton.host import (
@@ -21,6 +20,7 @@ from fila_kernels.backends.triton.host import (
     run,
     tail,
 )
+from fila_kernels.call import Call
 
 
 def fc1(
@@ -37,7 +37,9 @@ def fc1(
     flat = flat_rows(tokens)
     fits = flat is not None and aligned(flat, weight_x, *([] if s is None else [s, weight_s]))
     kind, depth = ("fc1", weight.shape[1]) if s is not None else ("fc1_projected", shape.token_width)
-    how = product(Problem(kind, rows, shape.hidden_width, depth, tokens.dtype, fits), tokens.device, config)
+    how = product(
+        Problem(kind, rows, shape.hidden_width, depth, tokens.dtype, fits), tokens.device, config, call.plan.configs
+    )
     tma, block_k = how.config.tma, how.config.block_k
     block_a, block_b = (how.config.block_m, block_k), (how.config.block_n, block_k)
     taps, weights = tables or (None, None)
@@ -65,7 +67,7 @@ def fc2(
     weight = dense_rows(call.fc2_weight)
     a = activated.view(rows, shape.hidden_width)
     problem = Problem("fc2", rows, shape.token_width, shape.hidden_width, tokens.dtype, aligned(a, weight))
-    how = product(problem, tokens.device, config)
+    how = product(problem, tokens.device, config, call.plan.configs)
     run(
         forward.fc2_fwd_kernel, how.grid,
         operand(a, (how.config.block_m, how.config.block_k), how.config.tma), tail(a, how.config),
@@ -87,7 +89,7 @@ def single_pass(
     rows = shape.tiles * length
     w1, w2 = dense_rows(call.fc1_weight), dense_rows(call.fc2_weight)
     problem = Problem("single_pass", rows, shape.hidden_width, shape.token_width, tokens.dtype)
-    config = choose(problem, tokens.device, config)
+    config = choose(problem, tokens.device, config, call.plan.configs)
     assert isinstance(config, GemmConfig)
     run(
         forward.single_pass_fwd_kernel, (blocks(rows, config.block_m),),
@@ -112,7 +114,9 @@ def gate_gradient(
     shape = call.shape
     length = shape.prefix + shape.patches
     rows = shape.tiles * length
-    config = choose(Problem("gate_backward", rows, shape.token_width, 0, grad.dtype), grad.device, config)
+    config = choose(
+        Problem("gate_backward", rows, shape.token_width, 0, grad.dtype), grad.device, config, call.plan.configs
+    )
     assert isinstance(config, GatherConfig)
     blocks_m = blocks(rows, config.block_rows)
     grid = blocks_m * blocks(shape.token_width, config.block_columns)
@@ -134,7 +138,9 @@ def activate(call: Call, hidden: Tensor, activated: Tensor) -> None:
     shape = call.shape
     length = shape.prefix + shape.patches
     rows = shape.tiles * length
-    config = choose(Problem("gate_backward", rows, shape.hidden_width, 0, hidden.dtype), hidden.device)
+    config = choose(
+        Problem("gate_backward", rows, shape.hidden_width, 0, hidden.dtype), hidden.device, None, call.plan.configs
+    )
     assert isinstance(config, GatherConfig)
     run(
         backward.gelu_kernel, (blocks(rows, config.block_rows) * blocks(shape.hidden_width, config.block_columns),),
@@ -155,7 +161,7 @@ def hidden_gradient(
     weight = dense_rows(call.fc2_weight)
     a = branch_grad.view(rows, shape.token_width)
     problem = Problem("hidden_gradient", rows, shape.hidden_width, shape.token_width, a.dtype, aligned(a, weight))
-    how = product(problem, a.device, config)
+    how = product(problem, a.device, config, call.plan.configs)
     blocks_m = blocks(rows, how.config.block_m)
     bias_sums = _sums(a, blocks_m, shape.hidden_width) if sum_bias else None
     alpha_sums = _sums(a, blocks_m * blocks(shape.hidden_width, how.config.block_n)) if sum_alpha else None
@@ -186,7 +192,7 @@ def input_gradient(
         shape.feature_width if sampled_grad is not None else 0
     )
     problem = Problem("input_gradient", a.shape[0], columns, shape.hidden_width, a.dtype, aligned(a, weight))
-    how = product(problem, a.device, config)
+    how = product(problem, a.device, config, call.plan.configs)
     tiles_n = blocks(shape.token_width, how.config.block_n) * (tokens_grad is not None) + blocks(
         shape.feature_width, how.config.block_n
     ) * (sampled_grad is not None)
@@ -212,7 +218,7 @@ def weight_gradient(
     tiles, patches, rows = a.shape
     columns = b.shape[2]
     problem = Problem("weight_gradient", rows, columns, tiles * patches, a.dtype, aligned(a, b))
-    how = product(problem, a.device, config)
+    how = product(problem, a.device, config, call.plan.configs)
     splits, block_k = how.config.split_k, how.config.block_k
     target = out if splits == 1 else _sums(a, splits, rows, columns)
     run(
