@@ -50,7 +50,7 @@ LAYERS = {
         ("library", "native validation reference"),
         ("plans", "planner"),
         ("base", "tuned sampling"),
-        ("", "shape"),
+        ("", "call"),
     ),
 }
 
