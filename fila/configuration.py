@@ -10,7 +10,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, ConvNextConfig, LlavaNextConfig, PreTrainedConfig
 
-from fila.geometry import LLAVA_NEXT_CANVASES, Geometry
+from fila.geometry import LLAVA_NEXT_CANVASES, Geometry, shared_geometry
 
 CLIP_VIT_L_336 = dict(
     hidden_size=1024,
@@ -123,13 +123,13 @@ class FilaVisionConfig(PreTrainedConfig):
 
     def geometry(self) -> Geometry:
         """The layout rules this model was built for."""
-        return Geometry(
-            tile=self.image_size,
-            patch=self.patch_size,
-            stride=self.convnext_strides[-1],
-            canvases=tuple(tuple(c) for c in self.image_grid_pinpoints),
-            rule=self.high_res_rule,
-            fixed_size=self.high_res_size,
+        return shared_geometry(
+            self.image_size,
+            self.patch_size,
+            self.convnext_strides[-1],
+            tuple((height, width) for height, width in self.image_grid_pinpoints),
+            self.high_res_rule,
+            self.high_res_size,
         )
 
 

@@ -1,15 +1,16 @@
-"""Where every part of an image lies: canvas, content rectangle, tiles, high-resolution raster, boxes and token count.
+"""Places every part of an image: canvas, content rectangle, tiles, high-resolution raster, boxes and token count.
 
-One module serves the image processor (which draws) and the model (which crops), so that the two cannot drift apart.
+The image processor, which draws, and the model, which crops, both use this module, so the two cannot drift apart.
 
-Three frames of coordinates are used, all (y, x), origin at the upper left corner, in units whose integers are edges:
+There are three frames of coordinates. Each is (y, x) with the origin at the upper left corner; integers are edges of
+pixels or cells:
 
     image    pixels of the picture as it came
-    canvas   pixels of the canvas the picture is fitted on; tiles are `tile` canvas pixels a side
-    raster   pixels of the high-resolution raster that the ConvNeXt reads; a map of stride s has cells of s of them
+    canvas   pixels of the canvas that the picture is fitted on; a tile has `tile` canvas pixels per side
+    raster   pixels of the high-resolution raster that the ConvNeXt reads; a map of stride s has cells of s pixels
 
-The *content rectangle* (integer canvas pixels, where the picture lies on the canvas) is the one source of alignment:
-the raster's content is that rectangle times the scale, never a second fit of the picture.
+The *content rectangle* says where the picture lies on the canvas, in integer canvas pixels. It is the one source of
+alignment: the raster's content is that rectangle times the scale, never a second fit of the picture.
 
 Source: FILA (arXiv 2412.08378), section 3; canvas choice, fit and token order are LLaVA-NeXT's, as implemented in
 `transformers.models.llava_next`.
@@ -99,7 +100,22 @@ class Geometry:
 
     def layout(self, height: int, width: int) -> "Layout":
         """The layout of a picture of `height` x `width` image pixels."""
-        return _layout(self, int(height), int(width))
+        height, width = int(height), int(width)
+        if height < 1 or width < 1:
+            raise ValueError(f"expected a picture of at least 1x1 pixels, got {height}x{width}")
+        if self.rule == "direct":
+            canvas = (self.tile, self.tile)
+            return Layout(self, height, width, canvas, Rect(0, 0, *canvas))
+        canvas = select_canvas(height, width, self.canvases)
+        return Layout(self, height, width, canvas, fit(height, width, canvas))
+
+
+@lru_cache(maxsize=64, typed=True)
+def shared_geometry(
+    tile: int, patch: int, stride: int, canvases: tuple[tuple[int, int], ...], rule: HighResRule, fixed_size: int
+) -> Geometry:
+    """The process's one `Geometry` of these values: configuration and image processor look it up for every picture."""
+    return Geometry(tile, patch, stride, canvases, rule, fixed_size)
 
 
 @dataclass(frozen=True)
@@ -237,14 +253,3 @@ def fit(height: int, width: int, canvas: tuple[int, int]) -> Rect:
         new_height, new_width = canvas[0], min(math.ceil(width * scale_y), canvas[1])
     y0, x0 = (canvas[0] - new_height) // 2, (canvas[1] - new_width) // 2
     return Rect(y0, x0, y0 + new_height, x0 + new_width)
-
-
-@lru_cache(maxsize=4096)
-def _layout(geometry: Geometry, height: int, width: int) -> Layout:
-    if height < 1 or width < 1:
-        raise ValueError(f"expected a picture of at least 1x1 pixels, got {height}x{width}")
-    if geometry.rule == "direct":
-        canvas = (geometry.tile, geometry.tile)
-        return Layout(geometry, height, width, canvas, Rect(0, 0, *canvas))
-    canvas = select_canvas(height, width, geometry.canvases)
-    return Layout(geometry, height, width, canvas, fit(height, width, canvas))

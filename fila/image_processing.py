@@ -1,13 +1,12 @@
-"""Pictures to tensors: the ViT's views and the ConvNeXt's high-resolution raster, placed by `fila.geometry`.
+"""Turns pictures into tensors: the ViT's views and the ConvNeXt's high-resolution raster, placed by `fila.geometry`.
 
-Source: FILA (arXiv 2412.08378), section 3; views, resampling and padding are LLaVA-NeXT's, and equal those of
-`transformers`' `LlavaNextImageProcessorPil`. That the raster is resized from the original picture, once, into the
-content rectangle times the scale is our choice: two fits drift apart by up to a canvas pixel.
+Source: FILA (arXiv 2412.08378), section 3. Views, resampling and padding are LLaVA-NeXT's and equal those of
+`transformers`' `LlavaNextImageProcessorPil`. The raster is resized from the original picture, once, into the content
+rectangle times the scale. That is our choice: a second fit drifts by up to a canvas pixel.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.processing_utils import ImagesKwargs
 
-from fila.geometry import LLAVA_NEXT_CANVASES, Geometry, Layout, Rect
-from fila.images import MAX_IMAGE_SIDE, load_image
+from fila.geometry import LLAVA_NEXT_CANVASES, Geometry, Layout, Rect, shared_geometry
+from fila.images import MAX_IMAGE_SIDE, Picture, load_picture
 
 # What transformers may ask of an image processor and this one always does.
 ALWAYS = {"do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": True}
@@ -40,9 +39,9 @@ class FilaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
 
 
 class FilaImageProcessor(BaseImageProcessor):
-    """Cut pictures into the views of the ViT and draw the raster of the ConvNeXt.
+    """Cuts pictures into the views of the ViT and draws the raster of the ConvNeXt.
 
-    Works on PIL and NumPy alone; torchvision is not needed.
+    PIL and NumPy are enough; torchvision is not needed.
 
     Args:
         tile_size: side of a tile and of the global view, canvas pixels.
@@ -125,7 +124,7 @@ class FilaImageProcessor(BaseImageProcessor):
     @property
     def geometry(self) -> Geometry:
         """Canvas, tiles, raster and token count, as the model computes them too."""
-        return _geometry(
+        return shared_geometry(
             self.tile_size,
             self.patch_size,
             self.high_res_stride,
@@ -135,7 +134,7 @@ class FilaImageProcessor(BaseImageProcessor):
         )
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Leave sources as they are: `preprocess` reads them, with every check of `fila.images`."""
+        """Leaves sources as they are; `preprocess` reads them with every check of `fila.images`."""
         return image_url_or_urls
 
     def preprocess(
@@ -146,14 +145,14 @@ class FilaImageProcessor(BaseImageProcessor):
         return_tensors: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Draw the views and rasters of one picture or of a nested or flat list of pictures.
+        """Draws the views and rasters of one picture or of a nested or flat list of pictures.
 
         Args:
-            images: anything `fila.images.load_image` reads, or lists of it; an array of four dimensions is a list too.
+            images: anything `fila.images.read_picture` reads, or lists of it; an array of four dimensions is a list.
             input_data_format: "channels_first" or "channels_last"; needed where arrays are given.
             return_tensors: "pt" or "np"; NumPy arrays by default.
-            kwargs: accepted for the sake of transformers as long as they repeat what this processor does; the
-                geometry cannot be changed for one call, since the model and the token count would not know.
+            kwargs: settings that transformers passes on; each must repeat the processor's own. The geometry cannot
+                change per call, since the model and the token count would not follow.
 
         Returns:
             `pixel_values` float32 [images, views, 3, tile, tile]: the global view, then the tiles row by row.
@@ -171,7 +170,7 @@ class FilaImageProcessor(BaseImageProcessor):
             raise ValueError("expected at least one image, got none")
         # One picture is decoded at a time: ten of the largest size would take 4 GB.
         drawn = [
-            self._draw(load_image(s, input_data_format=input_data_format, max_side=self.max_image_side))
+            self._draw(load_picture(s, input_data_format=input_data_format, max_side=self.max_image_side))
             for s in sources
         ]
         sizes, views, rasters = zip(*drawn, strict=True)
@@ -198,11 +197,12 @@ class FilaImageProcessor(BaseImageProcessor):
                     f"{name} cannot be changed for one call: expected {own!r}, got {value!r}; set it on the processor"
                 )
 
-    def _draw(self, image: Image.Image) -> tuple[tuple[int, int], np.ndarray, np.ndarray | None]:
-        """Size, views [views, 3, tile, tile] and raster [3, height, width] of one RGB picture."""
-        layout = self.geometry.layout(image.height, image.width)
-        views = self._draw_views(image, layout)
-        return (image.height, image.width), views, self._draw_raster(image, layout) if self.do_high_res else None
+    def _draw(self, picture: Picture) -> tuple[tuple[int, int], np.ndarray, np.ndarray | None]:
+        """Size, views [views, 3, tile, tile] and raster [3, height, width] of one picture."""
+        layout = picture.layout(self.geometry)
+        views = self._draw_views(picture.image, layout)
+        raster = self._draw_raster(picture.image, layout) if self.do_high_res else None
+        return (layout.height, layout.width), views, raster
 
     def _draw_views(self, image: Image.Image, layout: Layout) -> np.ndarray:
         side = self.tile_size
@@ -238,11 +238,6 @@ def _as_lists(value: Any) -> Any:
     """Tuples and arrays as lists, so that what holds the same is the same."""
     value = value.tolist() if isinstance(value, (np.ndarray, torch.Tensor)) else value
     return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-@lru_cache(maxsize=64)
-def _geometry(tile: int, patch: int, stride: int, canvases: Any, rule: Any, fixed_size: int) -> Geometry:
-    return Geometry(tile, patch, stride, canvases, rule, fixed_size)
 
 
 def flatten_images(images: Any) -> Iterator[Any]:

@@ -1,15 +1,15 @@
-"""Reading one picture, from wherever it comes, into the 8-bit RGB that everything after it expects.
+"""Reads one picture from any source into 8-bit RGB, once; bad and unusual input is handled here and nowhere else.
 
-All handling of bad or unusual picture input is here, and each thing is done before what depends on it:
+The steps, each before those that depend on it:
 
-    header      format and size are looked at before any pixel is decoded; a picture too large is refused there
-    first frame of an animation or of several pages, and a warning says so
-    decoding    to the last byte, so that a truncated file is an error and not a grey area
+    header      format and size are checked before any pixel is decoded; a picture too large is refused here
+    frames      the first one of an animation or of several pages is used, with a note
+    decoding    reads to the last byte, so that a truncated file is an error and not a grey area
     EXIF        rotation is applied, so that height and width are those a person sees
-    depth       16-bit is scaled to 8
-    alpha       goes over white, the colour of paper
+    depth       16 bits are scaled to 8
+    alpha       transparency is laid over white, the colour of paper
 
-Every refusal is an `ImageError` that names the picture, what was expected and what came.
+A picture that cannot be used is an `ImageError`, whose message names the picture, what was expected and what came.
 """
 
 import base64
@@ -17,6 +17,7 @@ import binascii
 import io
 import os
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,8 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-# What a user may hand over as one picture.
-ImageSource = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray | torch.Tensor
+from fila.geometry import Geometry, Layout
 
 MAX_IMAGE_SIDE = 10_000
 # Rasters only. Pillow would also open PostScript (by running an interpreter on it) and dozens of formats nobody sends.
@@ -42,37 +42,66 @@ class ImageWarning(UserWarning):
     """A picture that can be used, though not all of it was."""
 
 
-def load_image(
+@dataclass
+class Picture:
+    """A picture that has been read; every consumer takes it as it is, so that none reads it again.
+
+    Attributes:
+        image: a decoded PIL image of mode "RGB", upright, without transparency.
+        name: the picture's name in messages.
+        notes: what a user should know, for example that further frames were left out.
+    """
+
+    image: Image.Image
+    name: str
+    notes: tuple[str, ...] = ()
+    _layout: Layout | None = field(default=None, init=False, repr=False, compare=False)
+
+    def layout(self, geometry: Geometry) -> Layout:
+        """The picture's layout under `geometry`, computed once."""
+        if self._layout is None or self._layout.geometry != geometry:
+            self._layout = geometry.layout(self.image.height, self.image.width)
+        return self._layout
+
+
+# What a user may hand over as one picture.
+ImageSource = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray | torch.Tensor | Picture
+
+
+def read_picture(
     source: ImageSource,
     *,
     input_data_format: str | None = None,
     max_side: int = MAX_IMAGE_SIDE,
     name: str | None = None,
-) -> Image.Image:
-    """Read one picture as 8-bit RGB, turned the way its EXIF data says.
+) -> Picture:
+    """Reads one picture as 8-bit RGB, turned the way its EXIF data says; a `Picture` is returned as it is.
 
     Args:
         source: a path, a `data:` URL, the bytes of a file, a binary file object, a PIL image, or an array or tensor of
             uint8, uint16 or floats in 0..1, [height, width] or with 1 to 4 channels (grey, grey + alpha, RGB, RGBA).
-        input_data_format: "channels_first" or "channels_last"; needed for arrays of three dimensions, where guessing
-            would turn a narrow picture on its side in silence.
+        input_data_format: "channels_first" or "channels_last"; needed for arrays of three dimensions, where a guess
+            could turn a narrow picture on its side in silence.
         max_side: largest height and width accepted, pixels.
-        name: what to call the picture in messages; by default its path or its kind.
+        name: the picture's name in messages; by default its path or its kind.
 
     Returns:
-        A decoded PIL image of mode "RGB". Transparency lies over white, 16 bits are scaled to 8, CMYK and palettes are
-        converted, and of several frames the first is used (with an `ImageWarning`).
+        The picture. Transparency lies over white, 16 bits are scaled to 8, CMYK and palettes are converted. Of several
+        frames the first is used, and a note says so.
 
     Raises:
         ImageError: if the picture is too large, empty, truncated, in another format, or not a picture at all.
 
     Example:
-        >>> load_image(np.zeros((4, 6, 3), np.uint8), input_data_format="channels_last").size
+        >>> read_picture(np.zeros((4, 6, 3), np.uint8), input_data_format="channels_last").image.size
         (6, 4)
     """
+    if isinstance(source, Picture):
+        _check_size(source.image.height, source.image.width, max_side, source.name)
+        return source
     if isinstance(source, (np.ndarray, torch.Tensor)):
         name = name or f"{type(source).__name__} of shape {tuple(source.shape)}"
-        return _over_white(_from_array(source, input_data_format, max_side, name), name)
+        return Picture(_over_white(_from_array(source, input_data_format, max_side, name), name), name)
     if isinstance(source, Image.Image):
         name = name or f"PIL image of mode {source.mode}"
         _check_size(source.height, source.width, max_side, name)
@@ -86,6 +115,25 @@ def load_image(
     finally:
         if file is not source:
             file.close()
+
+
+def load_picture(source: ImageSource, **options: Any) -> Picture:
+    """`read_picture`, with an `ImageWarning` for each note of a picture that had not been read before."""
+    picture = read_picture(source, **options)
+    if picture is not source:
+        for note in picture.notes:
+            warnings.warn(note, ImageWarning, stacklevel=3)
+    return picture
+
+
+def load_image(source: ImageSource, **options: Any) -> Image.Image:
+    """The PIL image of `load_picture`; `options` are the keyword arguments of `read_picture`.
+
+    Example:
+        >>> load_image(np.zeros((4, 6, 3), np.uint8), input_data_format="channels_last").size
+        (6, 4)
+    """
+    return load_picture(source, **options).image
 
 
 def _as_file(source: Any, name: str | None) -> tuple[IO[bytes], str]:
@@ -122,7 +170,7 @@ def _as_file(source: Any, name: str | None) -> tuple[IO[bytes], str]:
 
 
 def _open(file: IO[bytes], name: str) -> Image.Image:
-    """Read the header only."""
+    """Reads the header only."""
     Image.init()
     try:
         with warnings.catch_warnings():
@@ -148,30 +196,27 @@ def _check_size(height: int, width: int, max_side: int, name: str) -> None:
         )
 
 
-def _finish(image: Image.Image, name: str) -> Image.Image:
-    """Decode the first frame, turn it upright, and convert it to RGB over white."""
+def _finish(image: Image.Image, name: str) -> Picture:
+    """Decodes the first frame, turns it upright, and converts it to RGB over white."""
     try:
         if image.tell():
             image.seek(0)
         image.load()
     except Exception as error:
         raise ImageError(f"{name}: expected a complete picture, decoding failed: {error}") from error
-    frame = _upright(image, name)
+    notes: list[str] = []
+    frame = image
+    try:
+        # Looked up first, since the transposition copies the picture even where there is nothing to turn.
+        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            frame = ImageOps.exif_transpose(image)
+    except Exception as error:
+        notes.append(f"{name}: its EXIF data cannot be read, it is not rotated: {error}")
     if frame is image and isinstance(image, ImageFile.ImageFile):
         frame = image.copy()  # lets go of the file, and of the frames behind the first
     if _has_more_frames(image):
-        warnings.warn(f"{name}: holds several frames, only the first is used", ImageWarning, stacklevel=3)
-    return _over_white(frame, name)
-
-
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    try:
-        # Asked first, since the transposition copies the picture even where there is nothing to do.
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
-        return ImageOps.exif_transpose(image) if turned else image
-    except Exception as error:
-        warnings.warn(f"{name}: its EXIF data cannot be read, it is not rotated: {error}", ImageWarning, stacklevel=4)
-        return image
+        notes.append(f"{name}: holds several frames, only the first is used")
+    return Picture(_over_white(frame, name), name, tuple(notes))
 
 
 def _has_more_frames(image: Image.Image) -> bool:

@@ -1,4 +1,4 @@
-"""Questions and pictures to model inputs: an `<image>` becomes as many image tokens as its picture has embeddings."""
+"""Turns questions and pictures into model inputs; an `<image>` becomes one image token per embedding of its picture."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,28 +7,26 @@ from transformers import LlavaNextProcessor
 from transformers.processing_utils import MultiModalData
 
 from fila.image_processing import flatten_images
-from fila.images import load_image
+from fila.images import load_picture
 
 IMAGE_TOKEN = "<image>"
 
 
 class FilaProcessor(LlavaNextProcessor):
-    """Tokenizer and image processor as one, with LLaVA-NeXT's token count.
+    """Joins a tokenizer and an image processor, with LLaVA-NeXT's token count.
 
     Args:
         image_processor: a `FilaImageProcessor`; its geometry gives the number of image tokens.
-        tokenizer: any fast tokenizer that has the image token. To generate in batches it has to pad on the left, as
-            `recipes.nano.tokenizer.build_character_tokenizer` does.
+        tokenizer: any fast tokenizer that has the image token.
         chat_template: by default the tokenizer's.
         image_token: the placeholder, where the tokenizer does not name one.
 
-    Calling it, `processor(images=..., text=...)`, gives `input_ids`, `attention_mask` and what
-    `FilaImageProcessor.preprocess` gives. `images` are in the order of their placeholders, as one flat list for all
-    texts or as one list for each text; anything `fila.images.load_image` reads will do. Texts without an image may
-    stand beside others in a batch.
+    `processor(images=..., text=...)` returns `input_ids`, `attention_mask` and what `FilaImageProcessor.preprocess`
+    returns. `images` holds anything that `fila.images.read_picture` reads, in the order of the placeholders, as one
+    flat list for all texts or as one list for each text. A batch may hold texts without an image.
 
-    The placeholder is recognised wherever it stands, also where a user types it into a question: then there are more
-    placeholders than images, and the call fails instead of moving pictures to the wrong place.
+    The placeholder is recognised wherever it stands, also where a user types it into a question. Then there are more
+    placeholders than images, and the call fails; no picture moves to another place.
 
     Raises:
         ValueError: if placeholders and images differ in number; the message gives both.
@@ -36,12 +34,11 @@ class FilaProcessor(LlavaNextProcessor):
 
     Example:
         >>> from PIL import Image
-        >>> from fila import FilaImageProcessor, FilaProcessor
-        >>> from recipes.nano.tokenizer import build_character_tokenizer
-        >>> processor = FilaProcessor(FilaImageProcessor(), build_character_tokenizer())
-        >>> inputs = processor(images=Image.new("RGB", (336, 672)), text="<image>What?", return_tensors="pt")
+        >>> from fila import FilaProcessor
+        >>> processor = FilaProcessor.from_pretrained("fila/pretrained/fila-nano")
+        >>> inputs = processor(images=Image.new("RGB", (64, 128)), text="<image>What?", return_tensors="pt")
         >>> inputs["input_ids"].shape, inputs["pixel_values"].shape
-        (torch.Size([1, 1781]), torch.Size([1, 3, 3, 336, 336]))
+        (torch.Size([1, 213]), torch.Size([1, 3, 3, 64, 64]))
     """
 
     def __init__(
@@ -67,7 +64,7 @@ class FilaProcessor(LlavaNextProcessor):
             raise ValueError(f"expected a tokenizer with the token {self.image_token!r}, got one without it")
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-        """Read every picture, keeping lists as they are nested; a batch without any picture has no images at all."""
+        """Reads every picture and keeps lists nested as they are; a batch without any picture has no images at all."""
         texts = [text] if isinstance(text, str) else text
         if texts is not None and not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)):
             raise ValueError(f"expected text to be a string or a list of strings, got {type(text).__name__}: {text!r}")
@@ -79,21 +76,25 @@ class FilaProcessor(LlavaNextProcessor):
         def read(source: Any) -> Any:
             if isinstance(source, (list, tuple)):
                 return [read(item) for item in source]
-            loaded = [load_image(item, input_data_format=order, max_side=max_side) for item in flatten_images(source)]
-            return loaded if len(loaded) != 1 else loaded[0]
+            found = [load_picture(item, input_data_format=order, max_side=max_side) for item in flatten_images(source)]
+            return found if len(found) != 1 else found[0]
 
         images = read(images) if any(True for _ in flatten_images(images)) else None
         return super().prepare_inputs_layout(images=images, text=text, **kwargs)
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
-        """Compare placeholders and images, for each text where images come as one list for each."""
+        """Compares the numbers of placeholders and images, per text where there is one list of images per text."""
         if text is not None:
             self._check_placeholders(images, text)
         images = None if images is None else list(flatten_images(images))
         super().validate_inputs(images=images, text=text, **kwargs)
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
-        return super()._process_images(list(flatten_images(images)), **kwargs)
+        """The image processor's tensors, and for each picture the image tokens that its placeholder stands for."""
+        pictures = list(flatten_images(images))
+        geometry = self.image_processor.geometry
+        inputs = self.image_processor(pictures, **kwargs)
+        return inputs, [self.image_token * picture.layout(geometry).num_tokens for picture in pictures]
 
     def _check_placeholders(self, images: Any, text: Sequence[str]) -> None:
         wanted = [one.count(self.image_token) for one in text]
@@ -120,11 +121,6 @@ class FilaProcessor(LlavaNextProcessor):
                 f"expected one {self.image_token} for each image, got {sum(wanted)} placeholders "
                 f"in {len(text)} texts and {given} images"
             )
-
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """The image tokens that one placeholder stands for."""
-        height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
-        return self.image_token * self.image_processor.geometry.layout(height, width).num_tokens
 
     def _get_number_of_features(self, orig_height: int, orig_width: int, height: int, width: int) -> int:
         # LLaVA-NeXT counts the class token here and takes it off again; "direct" has no tiles, which it cannot know.
