@@ -27,7 +27,7 @@ from bench.timing import Runner, interleaved
 from bench.variants import BACKENDS, absent
 from fila import FilaVisionConfig, FilaVisionModel, preset
 from fila.configuration import PRESETS
-from fila_kernels import CVFM
+from fila.fusion import DeepFusion
 
 OPERATIONS = {"tower": "forward", "tower-step": "forward+backward"}
 
@@ -35,19 +35,20 @@ OPERATIONS = {"tower": "forward", "tower-step": "forward+backward"}
 class EagerFusion(nn.Module):
     """A CVFM's parameters in tuned eager PyTorch; boxes are read back once and kept, as a careful user does."""
 
-    def __init__(self, fusion: CVFM) -> None:
+    def __init__(self, fusion: DeepFusion) -> None:
         super().__init__()
         self.fusion = fusion
         self.places: dict[int, tuple[list, list]] = {}
 
-    def forward(self, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
-        key = len(boxes)
+    def forward(self, tokens: Tensor, maps: list[Tensor], boxes: list[Tensor], image_index: Tensor) -> Tensor:
+        stage = self.fusion.stage
+        key = len(boxes[stage])
         if key not in self.places:
-            self.places[key] = rounded(boxes).int().tolist(), image_index.tolist()
+            self.places[key] = rounded(boxes[stage]).int().tolist(), image_index.tolist()
         fc1: Any = self.fusion.fc1
         fc2: Any = self.fusion.fc2
         return tuned_eager(
-            tokens, features, *self.places[key], fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.fusion.alpha
+            tokens, maps[stage], *self.places[key], fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.fusion.alpha
         )
 
 

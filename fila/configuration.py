@@ -34,13 +34,14 @@ class FilaVisionConfig(PreTrainedConfig):
         convnext_config: `ConvNextConfig`. Defaults to ConvNeXt-L. Four stages in the paper; any number here.
         vision_feature_layer: which of the ViT's hidden states is read, counted as LLaVA counts them: -2 is the input of
             the source's last layer, so a 24-layer ViT is built with 23.
-        fusion: "deep" (the paper's CVFM), or "none": dynamic cropping alone, no ConvNeXt.
+        fusion: an entry of `fila.fusion.FUSIONS`: "deep" (the paper's CVFM), or "none": dynamic cropping alone, no
+            ConvNeXt.
         fusion_layers: 0-based ViT layers after which a fusion follows, one per ConvNeXt stage, ascending.
             Defaults to equal quarters of the layers that are built (our choice): 5, 11, 17, 22 of 23.
         fusion_hidden_size: width of the CVFM's hidden layer; the ViT's width if not given (our choice).
         fusion_gate: "product", `X + tanh(alpha * M)` as the paper writes it, or "scale", `X + tanh(alpha) * M`.
         image_grid_pinpoints: allowed canvases, (height, width) in pixels.
-        high_res_rule, high_res_size: how the ConvNeXt's raster is made; see `fila.geometry.Geometry`.
+        high_res_rule, high_res_size: the rule by which the ConvNeXt's raster is made; see `fila.geometry.Geometry`.
     """
 
     model_type = "fila_vision"
@@ -50,7 +51,7 @@ class FilaVisionConfig(PreTrainedConfig):
     vit_config: dict | PreTrainedConfig | None = None
     convnext_config: dict | PreTrainedConfig | None = None
     vision_feature_layer: int = -2
-    fusion: Literal["deep", "none"] = "deep"
+    fusion: str = "deep"
     fusion_layers: list[int] | None = None
     fusion_hidden_size: int | None = None
     fusion_gate: Literal["product", "scale"] = "product"
@@ -74,7 +75,7 @@ class FilaVisionConfig(PreTrainedConfig):
                 f"vision_feature_layer {self.vision_feature_layer} names no layer of a ViT of "
                 f"{self.vit_config.num_hidden_layers} layers"
             )
-        if self.fusion == "deep" and depth < stages:
+        if self.fusion != "none" and depth < stages:
             raise ValueError(
                 f"expected at least one ViT layer for each of {stages} ConvNeXt stages, got {depth} layers"
             )
@@ -98,11 +99,11 @@ class FilaVisionConfig(PreTrainedConfig):
 
     @property
     def num_vit_layers(self) -> int:
-        """ViT layers that are built: hidden state k is the output of k layers."""
+        """Number of ViT layers that are built; hidden state k is the output of k layers."""
         states = self.vit_config.num_hidden_layers + 1
         return self.vision_feature_layer + (states if self.vision_feature_layer < 0 else 0)
 
-    # What LLaVA-NeXT's classes read of a vision config.
+    # LLaVA-NeXT's classes read these three of a vision config.
     @property
     def hidden_size(self) -> int:
         return self.vit_config.hidden_size
@@ -122,7 +123,7 @@ class FilaVisionConfig(PreTrainedConfig):
         return [first * 2**i for i in range(len(self.convnext_config.hidden_sizes))]
 
     def geometry(self) -> Geometry:
-        """The layout rules this model was built for."""
+        """The layout rules that this model was built for."""
         return shared_geometry(
             self.image_size,
             self.patch_size,

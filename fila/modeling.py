@@ -1,8 +1,8 @@
-"""The FILA vision-language model: LLaVA-NeXT with the hybrid encoder in place of its CLIP tower.
+"""Defines the FILA vision-language model: LLaVA-NeXT with the hybrid encoder in place of its CLIP tower.
 
-Everything that LLaVA-NeXT already does (projector, order of tokens, unpadding, newlines, merging into the text,
-generation, loss) is inherited from `transformers.models.llava_next`. What differs: images come with a high-resolution
-raster, and the vision tower returns the layer that is read as its last state.
+The projector, the order of tokens, unpadding, newlines, generation and loss are inherited from
+`transformers.models.llava_next`. Two things differ: images come with a high-resolution raster, and the vision tower
+returns the layer that is read as its last state.
 
 Source: FILA (arXiv 2412.08378), section 3.4; token order from LLaVA-NeXT.
 """
@@ -37,7 +37,7 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
         high_res_pixel_values: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """What the language model sees of each picture.
+        """Encodes pictures into the embeddings that the language model reads.
 
         Args:
             pixel_values: [n_images, max_views, 3, tile, tile].
@@ -53,14 +53,32 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
             if given not in (None, settled):
                 raise ValueError(f"{name} cannot be changed for one call: expected {settled!r}, got {given!r}")
         kwargs.pop("return_dict", None)
-        hidden = self.vision_tower(pixel_values, high_res_pixel_values, image_sizes, **kwargs).last_hidden_state
-        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
-        geometry = self.config.vision_config.geometry()
-        views = [geometry.layout(height, width).num_views for height, width in sizes]
-        features, _ = self.pack_image_features(
-            self.multi_modal_projector(hidden[:, 1:]).split(views), sizes, "default", self.image_newline
-        )
+        layouts = self.vision_tower.layouts(pixel_values, high_res_pixel_values, image_sizes)
+        hidden = self.vision_tower(
+            pixel_values, high_res_pixel_values, image_sizes, layouts=layouts, **kwargs
+        ).last_hidden_state
+        views = self.multi_modal_projector(hidden[:, 1:]).split([layout.num_views for layout in layouts])
+        sizes = [(layout.height, layout.width) for layout in layouts]
+        features, _ = self.pack_image_features(views, sizes, "default", self.image_newline)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=features)
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor, image: BaseModelOutputWithPooling) -> Tensor:
+        """Puts image features in the places of the image tokens.
+
+        Args:
+            input_ids: [batch, length]; None finds the image tokens by their embedding.
+            inputs_embeds: [batch, length, width], the tokens' own embeddings.
+            image: what `get_image_features` returned for the batch's pictures.
+
+        Returns:
+            [batch, length, width].
+
+        Raises:
+            ValueError: if image tokens and image features differ in number.
+        """
+        features = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
+        return inputs_embeds.masked_scatter(mask, features)
 
     def forward(
         self,
@@ -81,7 +99,7 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
         Args:
             input_ids: [batch, length]; each picture's placeholder already repeated `Layout.num_tokens` times.
             pixel_values, image_sizes, high_res_pixel_values: as in `get_image_features`.
-            mm_encoder_outputs: `{"image": get_image_features(...)}` if the pictures were encoded before.
+            mm_encoder_outputs: `{"image": get_image_features(...)}`, where the pictures were encoded before.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -91,13 +109,10 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
         image = (mm_encoder_outputs or {}).get("image")
         if image is None and pixel_values is not None and len(pixel_values):
             image = self.get_image_features(pixel_values, image_sizes, high_res_pixel_values)
-        features = None
         if image is not None:
-            features = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+            inputs_embeds = self.embed(input_ids, inputs_embeds, image)
         elif input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            # Placeholders without pictures are a mistake; this is the same check with no features at all.
+            # Image tokens without pictures are a mistake; this is the check above with no features at all.
             self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0, inputs_embeds.shape[-1]))
         return self.language_model(
             attention_mask=attention_mask,

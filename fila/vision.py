@@ -1,12 +1,12 @@
-"""The hybrid vision encoder: a CLIP ViT over tiles, a ConvNeXt over the whole picture, and the CVFM between them.
+"""Encodes pictures with the hybrid encoder: a CLIP ViT over views, a ConvNeXt over the whole picture, fused at depth.
 
-Shapes: V views of one picture (global view first, then tiles row by row), T views in the whole batch, N = G*G patch
-tokens a view, D the ViT's width, C a ConvNeXt stage's width.
+Shapes: T views in the whole batch, N = G*G patch tokens per view, D the ViT's width, C a ConvNeXt stage's width. A
+picture's views are its global view and then its tiles, row by row.
 
-Pictures whose canvases have the same size form a *group*: their rasters have one shape, so the ConvNeXt and the CVFM
-run once a group (at most as many times as there are canvases) and no picture ever sees another's padding.
+Pictures whose canvases have one size form a *group*. Their rasters have one shape, so the ConvNeXt and each fusion run
+once per group (at most as many times as there are canvases), and no picture ever sees another's padding.
 
-Source: FILA (arXiv 2412.08378), section 3.2 and 3.3.
+Source: FILA (arXiv 2412.08378), sections 3.2 and 3.3.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, ConvNextConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPPreTrainedModel, CLIPVisionEmbeddings
@@ -26,16 +25,16 @@ from transformers.models.convnext.modeling_convnext import (
 )
 
 from fila.configuration import FilaVisionConfig
+from fila.fusion import Fusion, build_fusion
 from fila.geometry import Layout
-from fila_kernels import CVFM
 
 
 class CheckpointedConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
-    """transformers' ConvNeXt block, made to honour `gradient_checkpointing_enable()`."""
+    """A ConvNeXt block that honours `gradient_checkpointing_enable()`, as transformers' own does not."""
 
 
 class FilaViT(CLIPPreTrainedModel):
-    """The CLIP ViT up to the layer that is read; names are those of `transformers.CLIPVisionModel`."""
+    """The CLIP ViT up to the layer that is read, with the names of `transformers.CLIPVisionModel`."""
 
     config: CLIPVisionConfig
     config_class = CLIPVisionConfig
@@ -49,7 +48,7 @@ class FilaViT(CLIPPreTrainedModel):
 
 
 class FilaConvNext(ConvNextPreTrainedModel):
-    """The ConvNeXt's stages without its pooling head; names are those of `transformers.ConvNextModel`."""
+    """The ConvNeXt's stages without the pooling head, with the names of `transformers.ConvNextModel`."""
 
     def __init__(self, config: ConvNextConfig):
         super().__init__(config)
@@ -82,8 +81,8 @@ class ViewGroup:
     Attributes:
         images: positions in the batch of pictures.
         raster: height and width of their rasters, pixels.
-        boxes: per fusion stage, [T_group, 4] float32 boxes in cells of that stage's map.
-        image_index: [T_group] int32, the position within the group of the picture each view came from.
+        boxes: for each ConvNeXt stage, [T_group, 4] float32 boxes in cells of that stage's map.
+        image_index: [T_group] int32, the picture of each view, by its position within the group.
     """
 
     images: list[int]
@@ -93,7 +92,7 @@ class ViewGroup:
 
 
 def group_views(layouts: list[Layout], strides: list[int], device: torch.device) -> list[ViewGroup]:
-    """Groups pictures by canvas, in order of first appearance, and places their views on the maps of every stage."""
+    """Groups pictures by canvas, in order of first appearance, and places their views on every stage's map."""
     members: dict[tuple[int, int], list[int]] = {}
     for i, layout in enumerate(layouts):
         members.setdefault(layout.canvas, []).append(i)
@@ -113,9 +112,9 @@ def group_views(layouts: list[Layout], strides: list[int], device: torch.device)
 
 
 class FilaVisionModel(PreTrainedModel):
-    """ViT, ConvNeXt and CVFM as one encoder.
+    """ViT, ConvNeXt and fusion as one encoder.
 
-    With `config.fusion == "none"` it is the ViT alone (dynamic cropping as in LLaVA-NeXT) and needs no
+    Without fusion (`config.fusion == "none"`) it is the ViT alone, which is LLaVA-NeXT's dynamic cropping, and needs no
     high-resolution raster.
     """
 
@@ -125,7 +124,7 @@ class FilaVisionModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CLIPVisionEmbeddings", "CLIPEncoderLayer", "CheckpointedConvNextLayer", "CVFM"]
+    _no_split_modules = ["CLIPVisionEmbeddings", "CLIPEncoderLayer", "CheckpointedConvNextLayer", "DeepFusion"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -134,32 +133,23 @@ class FilaVisionModel(PreTrainedModel):
     def __init__(self, config: FilaVisionConfig):
         super().__init__(config)
         self.vit = FilaViT(config.vit_config, config.num_vit_layers)
-        self.convnext = None
-        self.fusion = nn.ModuleList()
-        if config.fusion == "deep":
-            self.convnext = FilaConvNext(config.convnext_config)
-            self.fusion.extend(
-                CVFM(config.hidden_size, channels, config.fusion_hidden_size, gate=config.fusion_gate)
-                for channels in config.convnext_config.hidden_sizes
-            )
+        fusion = build_fusion(config)
+        self.convnext = FilaConvNext(config.convnext_config) if len(fusion) else None
+        self.fusion = fusion
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The CVFM: fan-in scaled, and alpha 0, so that training starts from the untouched ViT."""
         super()._init_weights(module)
-        if isinstance(module, CVFM):
-            for linear in (module.fc1, module.fc2):
-                assert isinstance(linear, nn.Linear)
-                init.normal_(linear.weight, std=linear.in_features**-0.5)
-                init.zeros_(linear.bias)
-            init.zeros_(module.alpha)
+        if isinstance(module, Fusion):
+            module.init_fresh()
 
     def forward(
         self,
         pixel_values: Tensor,
         high_res_pixel_values: Tensor | None = None,
         image_sizes: Tensor | list | None = None,
+        layouts: list[Layout] | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         """Encodes a batch of pictures.
@@ -169,6 +159,7 @@ class FilaVisionModel(PreTrainedModel):
                 are padding and are not read.
             high_res_pixel_values: [n_images, 3, H, W], each raster in the upper left corner; not read without fusion.
             image_sizes: [n_images, 2], height and width of each picture in its own pixels.
+            layouts: what the method `layouts` returned for these tensors, where the caller has asked it before.
 
         Returns:
             `last_hidden_state` [T, 1 + N, D]: the class token and the patch tokens of every view, picture by picture.
@@ -176,7 +167,8 @@ class FilaVisionModel(PreTrainedModel):
         Raises:
             ValueError: if the tensors do not fit each other or the configuration.
         """
-        layouts = self.layouts(pixel_values, high_res_pixel_values, image_sizes)
+        if layouts is None:
+            layouts = self.layouts(pixel_values, high_res_pixel_values, image_sizes)
         groups = group_views(layouts, self.config.convnext_strides, pixel_values.device)
         order = [i for group in groups for i in group.images]
         views = torch.cat([pixel_values[i, : layouts[i].num_views] for i in order])
@@ -193,21 +185,21 @@ class FilaVisionModel(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=x)
 
     def encode(self, views: Tensor, rasters: list[Tensor], groups: list[ViewGroup], **kwargs) -> Tensor:
-        """[T, 3, tile, tile] views, group by group, and each group's rasters [B_group, 3, h, w]: [T, 1 + N, D].
+        """Encodes [T, 3, tile, tile] views, group by group, and each group's rasters [B_group, 3, h, w].
 
-        Without fusion there are no rasters. It looks at no value, so that `torch.export` can trace it (`fila.aot`).
+        Returns [T, 1 + N, D]. Without fusion there are no rasters. No value is looked at, so that `torch.export` can
+        trace the method (`fila.aot`).
         """
         dtype = self.vit.embeddings.patch_embedding.weight.dtype
         x = self.vit.pre_layrnorm(self.vit.embeddings(views.to(dtype)))
         maps = [self.convnext(raster.to(dtype)) for raster in rasters] if self.convnext is not None else []
-        stage_of_layer = {layer: stage for stage, layer in enumerate(self.config.fusion_layers or [])} if maps else {}
+        fusion_after = dict(zip(self.config.fusion_layers or [], self.fusion, strict=True)) if len(self.fusion) else {}
         counts = [group.image_index.shape[0] for group in groups]
         for i, layer in enumerate(self.vit.layers):
             x = layer(x, None, **kwargs)
-            stage = stage_of_layer.get(i)
-            if stage is not None:
+            if i in fusion_after:
                 fused = [
-                    self.fusion[stage](x_group, maps[g][stage], groups[g].boxes[stage], groups[g].image_index)
+                    fusion_after[i](x_group, maps[g], groups[g].boxes, groups[g].image_index)
                     for g, x_group in enumerate(x.split(counts) if len(counts) > 1 else [x])
                 ]
                 x = fused[0] if len(fused) == 1 else torch.cat(fused)

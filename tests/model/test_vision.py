@@ -7,6 +7,7 @@ from transformers import CLIPVisionModel
 
 from fila import FilaVisionConfig, FilaVisionModel, preset
 from fila.configuration import NANO_CANVASES
+from fila.fusion import FUSIONS, Fusion
 
 
 def nano_vision(**fields) -> FilaVisionModel:
@@ -98,6 +99,37 @@ def test_a_batch_of_all_canvases_equals_each_picture_alone_and_never_reads_paddi
         assert_close(part, alone, rtol=1e-4, atol=1e-5)
 
 
+class EveryStage(Fusion):
+    """A fusion of another kind: it reads the maps of all stages, at their boxes, and records what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift, self.seen = torch.nn.Parameter(torch.empty(1)), []
+
+    def forward(self, tokens, maps, boxes, image_index):
+        self.seen.append((tokens.shape, [m.shape for m in maps], [b.tolist() for b in boxes], image_index.tolist()))
+        return tokens + self.shift * sum(m.mean() for m in maps)
+
+    def init_fresh(self):
+        torch.nn.init.constant_(self.shift, 0.5)
+
+
+@torch.no_grad()
+def test_another_fusion_is_one_entry_of_the_registry(monkeypatch):
+    monkeypatch.setitem(FUSIONS, "every", lambda config: [EveryStage() for _ in config.fusion_layers])
+    model = nano_vision(fusion="every")
+    assert [fusion.shift.item() for fusion in model.fusion] == [0.5] * 4
+    sizes = [(128, 128), (64, 128), (128, 128)]
+    model(**pictures(model, sizes))
+    layout = model.config.geometry().layout(128, 128)
+    for fusion in model.fusion:
+        (square, maps, boxes, index), (wide, *_) = fusion.seen  # two groups of pictures, by canvas
+        assert (square, wide) == ((10, 65, 192), (3, 65, 192))
+        assert maps == [(2, 256 // s, 256 // s, c) for s, c in zip((2, 4, 8, 16), (32, 64, 128, 256), strict=True)]
+        assert boxes == [layout.boxes(s) * 2 for s in (2, 4, 8, 16)]
+        assert index == [0] * 5 + [1] * 5
+
+
 @pytest.mark.parametrize("rule", ["scaled", "fixed", "direct"])
 @torch.no_grad()
 def test_every_high_resolution_rule_runs(rule):
@@ -163,6 +195,7 @@ def test_misfit_tensors_are_refused_by_name():
         ({"vision_feature_layer": 3, "fusion_layers": None}, "at least one ViT layer for each of 4"),
         ({"fusion_hidden_size": 0}, "fusion_hidden_size of at least 1"),
         ({"fusion_gate": "sum"}, "fusion_gate"),
+        ({"fusion": "late"}, "fusion: expected one of deep, none, got 'late'"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(fields, message):
