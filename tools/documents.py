@@ -4,16 +4,19 @@
     python tools/documents.py --check   # exit 1 where a document is out of date
 
 Sources: `fila/pretrained/fila-nano/training/*.json` (held-out scores), `bench/results/*.csv` (times), the presets
-themselves (parameter counts), and the bench's own lists of columns, goals and sections.
+(parameter counts), the bench's lists of columns, goals and sections. `fila ask --explain` draws README's picture, which
+holds the answer and a digest of the checkpoint that gave it.
 """
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import re
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +26,8 @@ RECORD = ROOT / "fila/pretrained/fila-nano/training"
 CPU = ROOT / "bench/results/cvfm_cpu.csv"
 CROP_RESIZE_CPU = ROOT / "bench/results/crop_resize_cpu.csv"
 COMPILED = ROOT / "bench/results/compiled_kernels.csv"
+EXPLAINED = ROOT / "docs/explained.png"
+QUESTION = "examples/chart.png", "What is above the square?"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -48,6 +53,47 @@ def nano() -> str:
         "tile's "
         "edge runs through the answer.\n\n" + table(["", "answer intact", "answer cut"], rows)
     )
+
+
+def explained() -> dict[str, str]:
+    """What README's picture says of itself: question, answer, and the digest of its sources."""
+    from PIL import Image
+
+    if not EXPLAINED.exists():
+        return {}
+    with Image.open(EXPLAINED) as picture:
+        return dict(picture.info)
+
+
+def explained_from() -> str:
+    """The digest of what README's picture is made from: weights, picture and question."""
+    picture, question = QUESTION
+    digest = hashlib.sha256(question.encode())
+    for path in (ROOT / "fila/pretrained/fila-nano/model.safetensors", ROOT / picture):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def explain() -> None:
+    """Draws README's picture by the command that README shows."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    picture, question = QUESTION
+    command = [sys.executable, "-m", "fila", "ask", picture, question, "--json", "--explain", str(EXPLAINED)]
+    said = json.loads(subprocess.check_output(command, cwd=ROOT, text=True))
+    info = PngInfo()
+    for key, value in {"question": question, "answer": said["text"], "made from": explained_from()}.items():
+        info.add_text(key, value)
+    with Image.open(EXPLAINED) as drawn:
+        # Three quarters of the size, in a palette: small in the repository, sharp enough to read.
+        small = drawn.convert("RGB").resize((drawn.width * 3 // 4, drawn.height * 3 // 4), Image.Resampling.LANCZOS)
+    small.quantize(128, dither=Image.Dither.NONE).save(EXPLAINED, pnginfo=info, optimize=True)
+
+
+def answer() -> str:
+    """What README's command prints."""
+    return f"```text\n{explained().get('answer')}\n```\n"
 
 
 def kinds() -> str:
@@ -100,37 +146,54 @@ def parameters() -> str:
     return table(["part", *(f"`{name}`" for name in PRESETS)], rows)
 
 
-def cpu() -> str:
-    """Ratios of tuned eager to the `torch` backend on a CPU, by shape and direction."""
+def geometric_mean(values: Iterable[float]) -> float:
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def cpu_ratios() -> tuple[dict[str, str], dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+    """A row of the CPU's record; tuned eager's time over ours, and our share of its memory, by shape and direction."""
     with CPU.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    median: dict[tuple[str, str], dict[str, float]] = {}
-    memory: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
-        key = row["case"], row["direction"]
-        median.setdefault(key, {})[row["variant"]] = float(row["p50_ms"])
-        memory.setdefault(key, {})[row["variant"]] = float(row["extra_memory_bytes"])
-    directions = list(dict.fromkeys(row["direction"] for row in rows))
-    ratios = {key: times["tuned_eager"] / times["torch"] for key, times in median.items()}
-    shares = {key: sizes["torch"] / sizes["tuned_eager"] for key, sizes in memory.items()}
+    found = {(row["case"], row["direction"], row["variant"]): row for row in rows}
+    keys = list(dict.fromkeys((row["case"], row["direction"]) for row in rows))
+    pairs = {key: (found[*key, "tuned_eager"], found[*key, "torch"]) for key in keys}
+    times = {key: float(eager["p50_ms"]) / float(own["p50_ms"]) for key, (eager, own) in pairs.items()}
+    memory = {
+        key: float(own["extra_memory_bytes"]) / float(eager["extra_memory_bytes"])
+        for key, (eager, own) in pairs.items()
+    }
+    return rows[0], times, memory
+
+
+def mean_of(ratios: dict[tuple[str, str], float], direction: str) -> float:
+    return geometric_mean(value for key, value in ratios.items() if key[1] == direction)
+
+
+def headline() -> str:
+    """The two numbers of README."""
+    first, times, _ = cpu_ratios()
+    shapes = len({case for case, _ in times})
+    forward, both = mean_of(times, "forward"), mean_of(times, "forward+backward")
+    return (
+        f"On a CPU ({first['device']}, {first['threads']} threads) CVFM is **{forward:.2f} times** as fast as tuned eager "
+        f"PyTorch forward and **{both:.2f} times** forward and backward, geometric means over {shapes} shapes "
+        "([all of them](docs/benchmarks.md#on-a-cpu)). On a GPU: not measured.\n"
+    )
+
+
+def cpu() -> str:
+    """Speed-up over tuned eager and share of its memory on a CPU, by shape and direction."""
+    first, times, memory = cpu_ratios()
+    directions = list(dict.fromkeys(direction for _, direction in times))
     lines = [
-        [case, *(f"{ratios[case, d]:.2f}x, {shares[case, d]:.2f}" for d in directions)]
-        for case in dict.fromkeys(row["case"] for row in rows)
+        [case, *(f"{times[case, d]:.2f}x, {memory[case, d]:.2f}" for d in directions)]
+        for case in dict.fromkeys(case for case, _ in times)
     ]
-
-    def mean(values: list[float]) -> float:
-        return math.exp(sum(map(math.log, values)) / len(values))
-
-    means = [
-        f"**{mean([r for k, r in ratios.items() if k[1] == d]):.2f}x, "
-        f"{mean([s for k, s in shares.items() if k[1] == d]):.2f}**"
-        for d in directions
-    ]
-    first = rows[0]
+    means = [f"**{mean_of(times, d):.2f}x, {mean_of(memory, d):.2f}**" for d in directions]
     return (
         f"Speed-up and share of eager's extra memory; {first['device']}, {first['threads']} threads, "
-        f"torch {first['torch']}, "
-        f"medians of {first['rounds']} interleaved rounds, commit {first['commit']}.\n\n"
+        f"torch {first['torch']}, medians of {first['rounds']} interleaved rounds, commit {first['commit']}.\n\n"
         + table(["raster, stage, dtype", *directions], [*lines, ["geometric mean", *means]])
     )
 
@@ -163,7 +226,7 @@ def native() -> str:
         ]
         for case in cases
     ]
-    means = [math.exp(sum(map(math.log, column)) / len(column)) for column in zip(*figures, strict=True)]
+    means = [geometric_mean(column) for column in zip(*figures, strict=True)]
 
     def line(name: str, values: list[float]) -> list[str]:
         faster, calls, own, *alone = values
@@ -248,8 +311,9 @@ def goals() -> str:
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
-    "nano": nano, "kinds": kinds, "cpu": cpu, "native": native, "parameters": parameters, "columns": columns,
-    "sections": sections, "goals": goals, "training": training, "compiled": compiled, "kernels": kernels,
+    "answer": answer, "headline": headline, "nano": nano, "kinds": kinds, "cpu": cpu, "native": native,
+    "parameters": parameters, "columns": columns, "sections": sections, "goals": goals, "training": training,
+    "compiled": compiled, "kernels": kernels,
 }  # fmt: skip
 
 
@@ -281,6 +345,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a document is out of date")
     args = parser.parse_args(argv)
     stale = []
+    if explained().get("made from") != explained_from():
+        stale.append(str(EXPLAINED.relative_to(ROOT)))
+        if not args.check:
+            explain()
     for name in DOCUMENTS:
         path = ROOT / name
         text = path.read_text()
