@@ -35,7 +35,7 @@ LAYERS = {
         ("public names", "__init__"),
         ("model", "modeling"),
         ("encoder", "vision"),
-        ("inputs", "processing"),
+        ("inputs", "processing fusion"),
         ("", "image_processing"),
         ("settings", "configuration images"),
         ("base", "geometry errors"),

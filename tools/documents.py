@@ -176,8 +176,8 @@ def headline() -> str:
     shapes = len({case for case, _ in times})
     forward, both = mean_of(times, "forward"), mean_of(times, "forward+backward")
     return (
-        f"On a CPU ({first['device']}, {first['threads']} threads) CVFM is **{forward:.2f} times** as fast as tuned eager "
-        f"PyTorch forward and **{both:.2f} times** forward and backward, geometric means over {shapes} shapes "
+        f"On a CPU ({first['device']}, {first['threads']} threads) CVFM is **{forward:.2f} times** as fast as tuned "
+        f"eager PyTorch forward and **{both:.2f} times** forward and backward, geometric means over {shapes} shapes "
         "([all of them](docs/benchmarks.md#on-a-cpu)). On a GPU: not measured.\n"
     )
 

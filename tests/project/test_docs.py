@@ -1,8 +1,8 @@
-"""The documents keep their word: commands run, links lead somewhere, named files exist.
+"""The documents: their commands run, their links lead somewhere, the files that they name exist.
 
-A fenced `bash` or `python` block is executed, in order, in a scratch folder that looks like the repository's root. A
-fence that says `no-run` (```bash no-run) is only checked for what it names: for commands that need a GPU, hours or a
-download. `make` targets are dry-run, since `make test` would run these tests again.
+Fenced `bash` and `python` blocks run, in order, in a scratch folder that looks like the repository's root. A fence with
+`no-run` (```bash no-run), for commands that need a GPU, hours or a download, is only checked for the files that it
+names. `make` targets run dry, since `make test` would run these tests again.
 """
 
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     ROOT.glob("docs/**/*.md")
 )
-FOLDERS = ("fila", "fila_kernels", "csrc", "bench", "tests", "docs", "examples", "tools")
+FOLDERS = ("fila", "fila_kernels", "csrc", "bench", "tests", "docs", "examples", "tools", "recipes")
 TIME_LIMIT = 300
 
 
