@@ -6,14 +6,7 @@ FILA_KERNELS_BUILD_NATIVE, the compiled library:
     1               a library that cannot be built is an error
     0               not built
 
-FILA_KERNELS_BUILD_CUDA, the CUDA kernels within that library:
-    auto (default)  built where the installed torch is a CUDA build, and nvcc and the headers of CUTLASS are found
-    1               built beside any torch; a missing tool is an error
-    0               not built
-TORCH_CUDA_ARCH_LIST names the architectures as PyTorch writes them (default "8.0;9.0a;10.0a"), CUTLASS_PATH a folder
-with CUTLASS (default: the package nvidia-cutlass), MAX_JOBS the number of CUDA units that are compiled at a time.
-
-CMake finds compilers, torch, CUDA and CUTLASS: csrc/discover.cmake.
+csrc/discover.cmake finds torch, CUDA and CUTLASS; docs/cuda.md lists the variables that it reads.
 """
 
 import hashlib
@@ -129,9 +122,6 @@ class BuildNative(build_ext):
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
-
-    def get_source_files(self) -> list[str]:
-        return []  # MANIFEST.in names them
 
 
 class StableWheel(bdist_wheel):

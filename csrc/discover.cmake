@@ -1,8 +1,7 @@
 # Finds what the library is built with: torch and, for CUDA kernels, nvcc and CUTLASS. CMakeLists.txt includes this file;
 # `cmake -P csrc/discover.cmake` prints what it finds. It looks at installed tools only, never at the machine's devices.
 #
-# It reads the environment variables that setup.py documents, besides CUDACXX and CUDA_HOME, and sets the variables that
-# it prints; -DNAME=VALUE sets one by hand.
+# It reads the environment variables of docs/cuda.md and sets the variables that it prints; -DNAME=VALUE sets one by hand.
 
 find_program(FILA_PYTHON NAMES python3 python DOC "The Python whose packages are used")
 
