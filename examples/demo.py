@@ -1,4 +1,4 @@
-"""Asks the shipped model about the pictures in this folder and shows what it says beside what is written there.
+"""Asks the shipped model about the pictures in this folder and prints each answer beside what is written there.
 
     python examples/demo.py [--out FOLDER] [--model PATH] [--backend NAME]
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fila import inference, visualize
-from fila.images import load_image
+from fila.images import read_picture
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -59,11 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     rows, right, backend = [], 0, {}
     for number, (picture, question, expected) in enumerate(CASES, 1):
-        image = load_image(FOLDER / picture)
+        read = read_picture(FOLDER / picture, name=picture)
         with visualize.watch_gates(model) as gates:
-            said = inference.answer(model, processor, image, question, name=picture)
-        layout = processor.image_processor.geometry.layout(image.height, image.width)
-        drawn = visualize.draw(image, layout, question, said.text, gates)
+            said = inference.answer(model, processor, read, question)
+        layout = read.layout(processor.image_processor.geometry)
+        drawn = visualize.draw(read.image, layout, question, said.text, gates)
         drawn.save(options.out / f"{number}-{Path(picture).stem}.png")
         right += said.text == expected
         backend = said.backend

@@ -1,11 +1,11 @@
-"""The hybrid encoder as a package that C++ runs without Python: torch.export, then AOTInductor.
+"""Compiles the hybrid encoder into a package that C++ runs without Python, by torch.export and AOTInductor.
 
     python -m fila.aot --out encoder.pt2                     # the shipped fila-nano
     python -m fila.aot --model FOLDER --out encoder.pt2 --picture page.png --inputs inputs.pt
 
-`--inputs` writes what the package takes for one picture, as a list of tensors that `torch::pickle_load` reads;
-examples/cpp holds the program that runs both. The package needs a C++ compiler to be made, and libfila_kernels.so, the
-library of the CVFM's operator, to be run.
+`--inputs` writes the package's inputs for one picture, as a list of tensors that `torch::pickle_load` reads;
+examples/cpp holds the program that runs both. Making the package takes a C++ compiler; running it takes
+libfila_kernels.so, the library of the CVFM's operator.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from fila_kernels import aot as kernels_aot
 
 
 class Encoder(nn.Module):
-    """`FilaVisionModel` for pictures of one raster size: tensors in, one tensor out, no value looked at."""
+    """`FilaVisionModel` for pictures of one raster size; it takes and returns tensors only and looks at no value."""
 
     def __init__(self, model: FilaVisionModel) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
 
 
 def encoder_inputs(model: FilaVisionModel, pixels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `Encoder` takes, from what the processor made of pictures of one canvas.
+    """The inputs of `Encoder`, from the processor's tensors of pictures of one canvas.
 
     Args:
         pixels: `pixel_values`, `high_res_pixel_values` and `image_sizes` as `FilaImageProcessor` returns them.

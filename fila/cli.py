@@ -1,10 +1,11 @@
-"""The command line: `fila ask` and `fila info`.
+"""Runs the commands `fila ask` and `fila info`.
 
-Exit codes: 0 if everything was answered, 2 for what the user can put right (each with one line on stderr that says what
-was expected and what came), 130 after Ctrl-C, 141 if whoever read the output has gone.
+Exit codes: 0, everything was answered; 2, something that the user can put right, with one line on stderr that says what
+was expected and what came; 130 after Ctrl-C; 141 if the reader of the output has gone.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import sys
@@ -16,15 +17,16 @@ from typing import Any, NoReturn
 
 from fila.errors import memory_for, one_line
 
+PACKAGES = ("fila", "transformers", "tokenizers", "safetensors", "pillow")
 STDIN = "-"
 BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 2, 130, 141
 QUESTION_HELP = """\
-The question comes last and is asked of each picture by itself. `-` reads a picture from standard input. Of several
-pictures one that cannot be used does not stop the others."""
+The question comes last and is asked of each picture by itself. `-` reads a picture from standard input. A picture that
+cannot be used does not stop the others."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line, in the form all of them have here."""
+    """A parser whose errors are one line, as all errors are here."""
 
     def error(self, message: str) -> NoReturn:
         raise _UsageError(f"{message} (see {self.prog} --help)")
@@ -94,11 +96,51 @@ def _run(arguments: list[str]) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from fila import info
-
-    found = info.report()
-    print(json.dumps(found, indent=2) if options.json else info.format_report(found))
+    found = report()
+    print(json.dumps(found, indent=2) if options.json else format_report(found))
     return 0
+
+
+def report() -> dict[str, Any]:
+    """Versions, devices, backends with reasons, and the shipped model, as plain values that `json.dumps` takes."""
+    from fila.checkpoints.check import SHIPPED, WEIGHTS
+    from fila.checkpoints.load import resolve_device
+    from fila_kernels import info
+
+    found, weights, device = info.report(), SHIPPED / WEIGHTS, resolve_device("auto")
+    return found | {
+        "versions": {package: _version(package) for package in PACKAGES} | found["versions"],
+        "device": {
+            "choice": str(device),
+            "why": "a CUDA device is here" if device.type == "cuda" else "no CUDA device is here",
+        },
+        "model": {
+            "folder": str(SHIPPED),
+            "bytes": weights.stat().st_size if weights.is_file() else None,
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def format_report(found: dict[str, Any]) -> str:
+    """The report as lines of text."""
+    from fila_kernels import info
+
+    device, model = found["device"], found["model"]
+    state = f"{model['bytes'] / 1e6:.1f} MB" if model["bytes"] else "absent"
+    return "\n".join(
+        [
+            info.format_report(found),
+            f"default    device {device['choice']} ({device['why']})",
+            f"model      {model['folder']} ({state})",
+        ]
+    )
 
 
 def _ask(options: argparse.Namespace) -> int:
@@ -139,7 +181,7 @@ def _check_words(pictures: Sequence[str], question: str) -> None:
 
 
 def _explain_paths(out: str | None, pictures: Sequence[str]) -> list[Path | None]:
-    """Where each picture's explanation goes; refused before any work where it cannot go there."""
+    """The file of each picture's explanation; a file that cannot be written is refused before any work."""
     if out is None:
         return [None] * len(pictures)
     path = Path(out)
@@ -162,7 +204,7 @@ def _explain_paths(out: str | None, pictures: Sequence[str]) -> list[Path | None
 
 
 def _load(options: argparse.Namespace, question: str) -> tuple[Any, Any]:
-    # Other people's warnings are for developers; what a user should know comes as ours.
+    # Other packages' warnings are for developers; a user reads ours.
     warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)\b")
     from fila.inference import check_question, load
     from fila_kernels import dispatch
@@ -182,19 +224,19 @@ def _load(options: argparse.Namespace, question: str) -> tuple[Any, Any]:
 def _answer(
     model: Any, processor: Any, picture: str, name: str, question: str, max_new_tokens: int, explained: Path | None
 ) -> dict[str, Any]:
-    """One answer as plain values, with the explaining picture written if `explained` says where."""
+    """One answer as plain values; `explained` names the file of the explaining picture, if there is to be one."""
     from fila import inference, visualize
+    from fila.images import read_picture
 
-    # Decoded once, for the model and for the drawing.
-    image, notes = inference.read_picture(_source(picture), processor, name)
+    # Read once, for the model and for the drawing.
+    read = read_picture(_source(picture), max_side=processor.image_processor.max_image_side, name=name)
     with visualize.watch_gates(model) as gates, memory_for(f"{name} and its answer"):
-        found = inference.answer(model, processor, image, question, max_new_tokens=max_new_tokens, name=name)
+        found = inference.answer(model, processor, read, question, max_new_tokens=max_new_tokens)
     record = asdict(found)
-    record["warnings"] = [*notes, *found.warnings]
     if explained is not None:
-        layout = processor.image_processor.geometry.layout(image.height, image.width)
+        layout = read.layout(processor.image_processor.geometry)
         try:
-            visualize.draw(image, layout, question, found.text, gates).save(explained)
+            visualize.draw(read.image, layout, question, found.text, gates).save(explained)
         except OSError as error:
             raise ValueError(f"--explain: expected a file that can be written, got: {one_line(error)}") from error
         record["explained"] = {

@@ -1,11 +1,11 @@
-"""What goes wrong, in one line, and memory running out told from mistakes in a program."""
+"""Puts errors into one line, and tells memory running out from other errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-# How allocators word it: torch has a class of its own for accelerators only, and not for each of their ways.
+# Allocators' own words: torch has an error class for accelerators only, and not for every way of running out.
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 

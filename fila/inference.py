@@ -1,22 +1,25 @@
-"""From a picture and a question to an answer, and with it how it came about: layout, times, backend, warnings."""
+"""Answers questions about pictures, and records for each answer how it came about.
 
+`answer_batch` is the one decoding path of the project: `fila ask`, the published score and the demo all go through it.
+It keeps no state on the model or the processor, so that threads may share both.
+"""
+
+import copy
 import time
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import nn
+from torch import Tensor
 from transformers import GenerationConfig
 
 import fila_kernels
-from fila.checkpoints.load import CheckpointError, load, quiet
+from fila.checkpoints.check import CheckpointError
+from fila.checkpoints.load import load
 from fila.geometry import Layout
-from fila.images import ImageSource, ImageWarning, load_image
+from fila.images import ImageSource, Picture, read_picture
 from fila.modeling import FilaForConditionalGeneration
 from fila.processing import FilaProcessor
 
@@ -28,7 +31,6 @@ __all__ = [
     "check_question",
     "fusion_backend",
     "load",
-    "read_picture",
 ]
 
 MAX_NEW_TOKENS = 32
@@ -36,16 +38,16 @@ MAX_NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said about one picture, and how it came to it.
+    """The model's answer to a question about one picture, and how it came about.
 
     Attributes:
-        picture: what the picture is called in messages.
-        question, text: what was asked and what the model answered, special tokens left out.
+        picture: the picture's name in messages.
+        question, text: the question and the answer, special tokens left out.
         image_size: height and width, image pixels, after EXIF rotation.
         canvas: height and width, canvas pixels. tiles: rows and columns; (0, 0) where the model does not crop.
         tiles_reach_llm: False for pictures so long that LLaVA-NeXT's unpadding leaves no tile token.
-        visual_tokens: embeddings the language model received for the picture, newlines included.
-        seconds: of "preprocess", "encode" (the hybrid encoder) and "generate" (the rest); of the whole batch.
+        visual_tokens: number of embeddings that the language model received for the picture, newlines included.
+        seconds: of "preprocess", "encode" (the hybrid encoder and projector) and "generate"; of the whole batch.
         backend: "choice" and "why" of the CVFM's backend, and per fusion depth the forward plan and why.
         warnings: what a user should know before relying on the answer.
     """
@@ -75,7 +77,7 @@ def answer(
     """The greedy answer to a question about one picture; see `answer_batch`.
 
     Args:
-        image: anything `fila.images.load_image` reads. name: what to call it in messages.
+        image: anything that `fila.images.read_picture` reads. name: the picture's name in messages.
 
     Example:
         >>> model, processor = load()                                                      # doctest: +SKIP
@@ -94,16 +96,16 @@ def answer_batch(
     max_new_tokens: int = MAX_NEW_TOKENS,
     names: Sequence[str | None] | None = None,
 ) -> list[Answer]:
-    """Greedy answers, one question a picture, in one batch.
+    """Greedy answers to one question per picture, as one batch.
 
     Args:
-        images, questions: as many of the one as of the other. names: what to call the pictures in messages.
-        max_new_tokens: longest answer, tokens; a longer one is cut off and a warning says so.
+        images, questions: equally many. names: the pictures' names in messages.
+        max_new_tokens: longest answer, tokens; a longer one is cut off, and a warning says so.
 
     Raises:
         ImageError: a picture cannot be used.
-        ValueError: an empty question, one that holds a special token, one too long for the model; a number of new
-            tokens out of range; a model that computes something else than finite numbers.
+        ValueError: a question is empty, holds a special token, or is too long for the model; a number of new tokens is
+            out of range; the model computes NaN or infinity.
     """
     if len(images) != len(questions):
         raise ValueError(f"expected one question a picture, got {len(questions)} for {len(images)}")
@@ -113,40 +115,35 @@ def answer_batch(
         check_question(processor, question)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    device = model.device
-    clock = _Clock(device)
+    clock = _Clock(model.device)
 
-    pictures, notes = [], []
-    for image, name in zip(images, names or [None] * len(images), strict=True):
-        picture, found = read_picture(image, processor, name)
-        pictures.append(picture)
-        notes.append(found)
+    pictures = [
+        _read(image, processor, name) for image, name in zip(images, names or [None] * len(images), strict=True)
+    ]
     prompts = [_prompt(processor, question) for question in questions]
-    inputs = processor(images=pictures, text=prompts, return_tensors="pt", padding=True).to(device)
+    inputs = processor(images=pictures, text=prompts, return_tensors="pt", padding=True, padding_side="left")
+    inputs = inputs.to(model.device)
     _check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
     clock.lap("preprocess")
+    embeds = _embed(model, inputs)
+    clock.lap("encode")
+    settings = _greedy(model, processor, max_new_tokens)
+    said = _generate(model, settings, embeds, inputs["attention_mask"])
+    clock.lap("generate")
 
-    with clock.around(model.model.vision_tower, "encode"):
-        with quiet(), _greedy(model, processor, max_new_tokens) as greedy:
-            out = model.generate(**inputs, generation_config=greedy)
-        clock.lap("generate", without="encode")
-    if not all(torch.isfinite(logits).all() for logits in out.logits):
-        raise ValueError(f"expected finite numbers from the model in {model.dtype}, got NaN or infinity")
-
-    ends = _end_tokens(model, processor)
-    new_tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+    geometry = processor.image_processor.geometry
     answers = []
-    for i, (picture, question, said) in enumerate(zip(pictures, questions, new_tokens.tolist(), strict=True)):
-        layout = processor.image_processor.geometry.layout(picture.height, picture.width)
-        found = [*notes[i], *_layout_notes(layout), *_question_notes(processor, question)]
-        if not ends & set(said):
+    for picture, question, tokens in zip(pictures, questions, said, strict=True):
+        layout = picture.layout(geometry)
+        found = [*picture.notes, *_layout_notes(layout), *_question_notes(processor, question)]
+        if not set(settings.eos_token_id or ()) & set(tokens):
             found.append(f"the answer was cut off after {max_new_tokens} tokens")
         answers.append(
             Answer(
-                picture=str((names or [])[i] if names and names[i] else _source_name(images[i])),
+                picture=picture.name,
                 question=question,
-                text=processor.decode(said, skip_special_tokens=True).strip(),
-                image_size=(picture.height, picture.width),
+                text=processor.decode(tokens, skip_special_tokens=True).strip(),
+                image_size=(layout.height, layout.width),
                 canvas=layout.canvas,
                 tiles=(layout.rows, layout.columns),
                 tiles_reach_llm=layout.tiles_reach_llm,
@@ -160,7 +157,7 @@ def answer_batch(
 
 
 def check_question(processor: FilaProcessor, question: str) -> None:
-    """Refuses what is no question.
+    """Refuses a text that cannot be asked.
 
     Raises:
         ValueError: empty, not text, or with a special token spelled out, which the tokenizer would take for one.
@@ -180,7 +177,7 @@ def check_question(processor: FilaProcessor, question: str) -> None:
 
 
 def fusion_backend(model: FilaForConditionalGeneration, layout: Layout) -> dict[str, Any]:
-    """The backend and, for each fusion depth, the forward plan that a picture of this layout is encoded with."""
+    """The backend and, for each fusion depth, the forward plan by which a picture of this layout is encoded."""
     tower = model.model.vision_tower
     config = tower.config
     if not len(tower.fusion):
@@ -210,42 +207,15 @@ class _Clock:
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
-    def lap(self, name: str, without: str | None = None) -> None:
-        """Time since the last lap, less what has been counted under another name within it."""
+    def lap(self, name: str) -> None:
+        """Records the time since the last lap."""
         now = self.now()
-        self.seconds[name] = now - self.last - (self.seconds.get(without, 0.0) if without else 0.0)
-        self.last = now
-
-    @contextmanager
-    def around(self, module: nn.Module, name: str) -> Iterator[None]:
-        """Adds up the time of a module's calls."""
-        self.seconds[name] = 0.0
-        started: list[float] = []
-
-        def before(*_: Any) -> None:
-            started.append(self.now())
-
-        def after(*_: Any) -> None:
-            self.seconds[name] += self.now() - started.pop()
-
-        hooks = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        self.seconds[name], self.last = now - self.last, now
 
 
-def read_picture(image: ImageSource, processor: FilaProcessor, name: str | None) -> tuple[Image.Image, list[str]]:
-    """A picture and what was worth a warning about it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ImageWarning)
-        picture = load_image(image, max_side=processor.image_processor.max_image_side, name=name)
-    return picture, [str(w.message) for w in caught if issubclass(w.category, ImageWarning)]
-
-
-def _source_name(image: ImageSource) -> str:
-    return str(image) if isinstance(image, (str, Path)) else type(image).__name__
+def _read(image: ImageSource, processor: FilaProcessor, name: str | None) -> Picture:
+    name = name or (str(image) if isinstance(image, (str, Path)) else None)
+    return read_picture(image, max_side=processor.image_processor.max_image_side, name=name)
 
 
 def _prompt(processor: FilaProcessor, question: str) -> str:
@@ -262,6 +232,59 @@ def _check_length(model: FilaForConditionalGeneration, prompt: int, new: int) ->
         )
 
 
+def _embed(model: FilaForConditionalGeneration, inputs: Any) -> Tensor:
+    """[batch, length, width]: the prompts' embeddings, with the pictures' in the places of the image tokens."""
+    image = model.get_image_features(
+        inputs["pixel_values"], inputs["image_sizes"], inputs.get("high_res_pixel_values")
+    )  # fmt: skip
+    ids = inputs["input_ids"]
+    return model.model.embed(ids, model.get_input_embeddings()(ids), image)
+
+
+def _generate(
+    model: FilaForConditionalGeneration, settings: GenerationConfig, embeds: Tensor, attention_mask: Tensor
+) -> list[list[int]]:
+    """The new tokens of every prompt.
+
+    Raises:
+        ValueError: the model computes NaN or infinity.
+    """
+    # `generate` fills fields that `settings` leaves open from the model's own settings. A shallow copy shares the
+    # weights and has these settings for its own, so that the shared model is not touched.
+    generator = copy.copy(model)
+    generator.generation_config = settings
+    out = generator.generate(inputs_embeds=embeds, attention_mask=attention_mask, generation_config=settings)
+    if not all(torch.isfinite(logits).all() for logits in out.logits):
+        raise ValueError(f"expected finite numbers from the model in {model.dtype}, got NaN or infinity")
+    return out.sequences.tolist()
+
+
+def _greedy(model: FilaForConditionalGeneration, processor: FilaProcessor, max_new_tokens: int) -> GenerationConfig:
+    """Settings for greedy decoding."""
+    return GenerationConfig(
+        eos_token_id=sorted(_end_tokens(model, processor)) or None,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        bos_token_id=processor.tokenizer.bos_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        # A generated image token would ask for an image feature that does not exist.
+        suppress_tokens=[model.config.image_token_id],
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+
+def _end_tokens(model: FilaForConditionalGeneration, processor: FilaProcessor) -> set[int]:
+    """The tokens that end an answer: tokenizer, language model and checkpoint may each name others."""
+    found: set[int] = set()
+    for ends in (
+        processor.tokenizer.eos_token_id, model.config.text_config.eos_token_id, model.generation_config.eos_token_id
+    ):  # fmt: skip
+        found |= set(ends) if isinstance(ends, (list, tuple)) else set() if ends is None else {ends}
+    return found
+
+
 def _layout_notes(layout: Layout) -> Iterator[str]:
     if layout.rows and not layout.tiles_reach_llm:
         yield (
@@ -276,37 +299,3 @@ def _question_notes(processor: FilaProcessor, question: str) -> Iterator[str]:
     if unknown is not None and unknown in tokenizer.encode(question, add_special_tokens=False):
         strange = [c for c in dict.fromkeys(question) if unknown in tokenizer.encode(c, add_special_tokens=False)]
         yield f"the model does not know the characters {''.join(strange)!r} of the question"
-
-
-@contextmanager
-def _greedy(
-    model: FilaForConditionalGeneration, processor: FilaProcessor, max_new_tokens: int
-) -> Iterator[GenerationConfig]:
-    """Settings for greedy decoding; the model's own, which would fill in what these leave open, are away meanwhile."""
-    greedy = GenerationConfig(
-        eos_token_id=sorted(_end_tokens(model, processor)) or None,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        bos_token_id=processor.tokenizer.bos_token_id,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        # A generated image token would ask for an image feature that does not exist.
-        suppress_tokens=[model.config.image_token_id],
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    own, model.generation_config = model.generation_config, greedy
-    try:
-        yield greedy
-    finally:
-        model.generation_config = own
-
-
-def _end_tokens(model: FilaForConditionalGeneration, processor: FilaProcessor) -> set[int]:
-    """The tokens that end an answer: tokenizer, language model and checkpoint may each know others."""
-    found: set[int] = set()
-    for ends in (
-        processor.tokenizer.eos_token_id, model.config.text_config.eos_token_id, model.generation_config.eos_token_id
-    ):  # fmt: skip
-        found |= set(ends) if isinstance(ends, (list, tuple)) else set() if ends is None else {ends}
-    return found

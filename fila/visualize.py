@@ -1,12 +1,12 @@
-"""One picture that shows how an answer came about: canvas, tiles and seams, the regions of the raster, the gates.
+"""Draws a picture that shows how an answer came about: canvas, tiles and seams, the raster's regions, the gates.
 
-Left, what the ViT reads: the picture on its canvas with padding, tiles, seams and token grid. Right, what the ConvNeXt
-reads: the high-resolution raster with the region that each tile and the global view take of it. Both are shown at the
-resolution they have there. Below, the question, the answer, the global view and, for every fusion depth, how strongly
-the CVFM changed the tokens of this picture, and where.
+On the left stands the ViT's input: the picture on its canvas with padding, tiles, seams and token grid. On the right
+stands the ConvNeXt's input: the high-resolution raster with the region of each tile and of the global view. Both have
+the resolution that the model reads. Below follow the question, the answer, the global view and, for every fusion depth,
+how strongly the CVFM changed the tokens of this picture, and where.
 
 *Gate strength* is our measure: `||out - in|| / ||in||` over the patch tokens of one fusion (Frobenius norms), beside
-the learned `alpha`. It counts what the gate lets through, whichever form the gate has.
+the learned `alpha`. It holds for both forms of the gate.
 """
 
 import textwrap
@@ -56,9 +56,9 @@ class Gate:
 
 @contextmanager
 def watch_gates(model: FilaForConditionalGeneration) -> Iterator[list[Gate]]:
-    """Measures every fusion while one picture is encoded; the list is filled by then, shallowest first.
+    """Measures every fusion while one picture is encoded, and fills the list, shallowest first.
 
-    Without fusion it stays empty. Of several pictures in one batch the numbers would be mixed.
+    Without fusion the list stays empty. Encode one picture at a time: the numbers of a batch would be mixed.
     """
     tower = model.model.vision_tower
     config = tower.config
@@ -96,8 +96,8 @@ def draw(picture: Image.Image, layout: Layout, question: str, answer: str, gates
     """The explaining picture.
 
     Args:
-        picture: the picture asked about, as `fila.images.load_image` gives it.
-        layout: its layout. question, answer: what was asked and said.
+        picture: the picture asked about, as `fila.images.load_image` returns it.
+        layout: its layout. question, answer: the texts to show.
         gates: from `watch_gates`; empty for a model without fusion.
 
     Returns:

@@ -29,7 +29,7 @@ LAYERS = {
     "fila": (
         ("commands", "__main__"),
         ("", "cli"),
-        ("", "info aot"),
+        ("", "aot"),
         ("answers", "inference visualize"),
         ("weights", "checkpoints"),
         ("public names", "__init__"),

@@ -1,1 +1,1 @@
-"""Loading, checking and assembling checkpoints: a *checkpoint* is weights and their configuration in a folder."""
+"""Loads and checks checkpoints; a *checkpoint* is weights and their configuration in a folder."""

@@ -11,10 +11,9 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from fila.inference import load
+from fila.inference import answer_batch, load
 from fila.modeling import FilaForConditionalGeneration
 from fila.processing import FilaProcessor
 from recipes.nano.pages.fonts import FontSet
@@ -24,19 +23,11 @@ from recipes.nano.score import Answered, report
 LONGEST = 16  # tokens: twelve characters, the end, and room to be wrong in
 
 
-@torch.inference_mode()
 def predict(model: FilaForConditionalGeneration, processor: FilaProcessor, samples: list[Sample]) -> list[str]:
-    """Greedy answers to each sample's own question, as one batch."""
-    asked = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question}]}],
-            add_generation_prompt=True,
-        )
-        for sample in samples
-    ]
-    inputs = processor(images=[s.image for s in samples], text=asked, padding=True, return_tensors="pt")
-    out = model.generate(**inputs.to(model.device), max_new_tokens=LONGEST, do_sample=False)
-    return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    """Greedy answers to each sample's own question, as one batch, by the decoding that `fila ask` uses."""
+    images: list[Any] = [s.image for s in samples]
+    questions = [s.question for s in samples]
+    return [one.text for one in answer_batch(model, processor, images, questions, max_new_tokens=LONGEST)]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fila import FilaForConditionalGeneration
-from fila.checkpoints.load import GENERATION, REQUIRED_FILES, WEIGHTS, WEIGHTS_INDEX
+from fila.checkpoints.check import GENERATION, REQUIRED_FILES, WEIGHTS, WEIGHTS_INDEX
 from fila.geometry import Geometry
-from fila.images import ImageError
+from fila.images import ImageError, read_picture
 from fila.inference import CheckpointError, answer, answer_batch, load
 from tests.model.tiny_checkpoint import save_checkpoint
 
@@ -260,11 +261,50 @@ def test_several_pictures_in_one_batch(loaded):
         model, processor, [picture(60, 60), picture(50, 400)], ["Date?", "Total?"], max_new_tokens=2, names=["a", None]
     )
     assert [one.question for one in found] == ["Date?", "Total?"]
-    assert [one.picture for one in found] == ["a", "Image"]
+    assert [one.picture for one in found] == ["a", "PIL image of mode RGB"]
     assert [one.tiles for one in found] == [(1, 2), (1, 3)]
     assert answer_batch(model, processor, [], []) == []
     with pytest.raises(ValueError, match="one question a picture"):
         answer_batch(model, processor, [picture()], [])
+
+
+def test_answers_are_what_generate_says(loaded):
+    """The decoding here and transformers' own, which users call, give the same tokens."""
+    model, processor = loaded
+    pictures, questions = [picture(60, 60), picture(50, 400)], ["Date?", "What is the total?"]
+    found = answer_batch(model, processor, pictures, questions, max_new_tokens=6)
+    for image, one in zip(pictures, found, strict=True):
+        inputs = processor(images=image, text=f"<bos><user><image>{one.question}<assistant>", return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(out, skip_special_tokens=True).strip() == one.text
+
+
+def test_threads_share_one_model(loaded):
+    """Nothing is left on the model, neither while it answers nor after; every thread gets the answer it gets alone."""
+    model, processor = loaded
+    asked = [(picture(60 + 40 * i, 90), f"Total {i}?", 2 + i) for i in range(4)]
+
+    def ask(one):
+        image, question, longest = one
+        return answer(model, processor, image, question, max_new_tokens=longest).text
+
+    alone, own = [ask(one) for one in asked], model.generation_config
+    settings = own.to_dict()
+    with ThreadPoolExecutor(len(asked)) as threads:
+        assert list(threads.map(ask, asked * 3)) == alone * 3
+    assert model.generation_config is own
+    assert own.to_dict() == settings
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_picture_that_was_read_is_not_read_again(loaded, tmp_path):
+    path = tmp_path / "two.gif"
+    picture(20, 20).save(path, save_all=True, append_images=[Image.new("RGB", (20, 20))])
+    read = read_picture(path, name="mine")
+    path.unlink()
+    found = answer(*loaded, read, "Total?", max_new_tokens=1)
+    assert (found.picture, found.image_size) == ("mine", (20, 20))
+    assert found.warnings[0] == "mine: holds several frames, only the first is used"
 
 
 def test_a_very_long_picture_is_answered_with_a_warning(loaded):

@@ -4,7 +4,8 @@ import json
 import subprocess
 import sys
 
-from fila.checkpoints.load import SHIPPED, load
+from fila.checkpoints.check import SHIPPED
+from fila.checkpoints.load import load
 
 RECORD = SHIPPED / "training"
 
