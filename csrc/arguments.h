@@ -1,4 +1,4 @@
-// The checks of maps, boxes and image indices that every operator makes, on whichever device its kernels run.
+// Checks of maps, boxes and image indices. Every operator calls them, on whichever device its kernels run.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// What the library was built with: the one thing it can say about its CUDA kernels on a machine without a GPU.
+// Returns what the library was built with, on any machine: also without a GPU it says which CUDA kernels it holds.
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,4 +1,4 @@
-// Refusing bad input: one exception type whose message names what was expected and what came.
+// Refuses bad input with one exception type, whose message names what was expected and what came.
 
 #pragma once
 

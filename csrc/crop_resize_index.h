@@ -1,12 +1,13 @@
-// Which thread of a GPU computes what in crop_resize and its transpose, and how: all of a kernel but its launch.
+// The work of every GPU thread in crop_resize and its transpose: the kernels' bodies, without their launches.
 //
 // For host and device: csrc/tests/test_crop_resize_index.cpp walks every block and every thread of a launch on the
 // host.
 //
-// Both directions write lines of cells of C channels: samples (lines of the tiles) forward, cells (rows of the maps)
-// back. A block takes kColumns neighbours of one line, whose channels its threads share out, one vector each at a time:
-// accesses of a warp lie side by side, and neighbours, which read the same rows of the map, share the first-level
-// cache. Positions are float64, as in the definition, once a block or in a table; what is added up is float32.
+// Both directions write lines of cells of C channels: forward the samples of a tile's line, backward the cells of a
+// map's row. A block takes kColumns neighbours of one line, and its threads share their channels, one vector per thread
+// at a time. So the accesses of a warp are contiguous, and neighbours, which read the same rows of the map, share the
+// first-level cache. Positions are float64, as in the definition, computed once per block or read from a table; sums
+// are float32.
 
 #pragma once
 

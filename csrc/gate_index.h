@@ -1,4 +1,4 @@
-// Which thread of a GPU computes what in the product gate's way back, and how; for host and device.
+// The work of every GPU thread in the product gate's backward pass; for host and device.
 //
 //     out = alpha (1 - tanh^2(alpha m)) grad,    total = sum (1 - tanh^2(alpha m)) grad m
 //

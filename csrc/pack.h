@@ -1,5 +1,5 @@
-// What kernels for a GPU read and write: elements of 16 or 32 bits, as many neighbours at once as fill 16 bytes. For
-// host and device.
+// Packs: as many neighbouring elements of 16 or 32 bits as fill 16 bytes, the unit in which GPU kernels read and write.
+// For host and device.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// What the products' epilogues do to one element, for host and device: the same arithmetic on a GPU and in the tests.
-// A layer's epilogue makes of the accumulator first what may be kept for the backward pass, Z or M, then its result.
+// The arithmetic of the products' epilogues on one element, for host and device: the tests run the GPU's own functions.
+// A layer's epilogue turns the accumulator first into Z or M, which the backward pass may keep, then into its result.
 
 #pragma once
 

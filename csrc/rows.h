@@ -1,5 +1,5 @@
-// Flat rows to tokens: which tile, which patch, which sample. The products run over all T * L rows of tokens [T, L, D],
-// L = P + N, since patch tokens alone are not a matrix; what is kept for the backward pass has T * N rows of samples.
+// Maps flat rows to tokens: tile, patch, sample. The products run over all T * L rows of tokens [T, L, D], L = P + N,
+// since patch tokens alone are not a matrix; tensors kept for the backward pass have T * N rows of samples.
 //
 // For host and device: the CUDA epilogues and the tests on the host execute the same functions.
 

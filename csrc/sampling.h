@@ -8,9 +8,9 @@
 //
 // Positions are kept in the box's own frame, relative to floor(lo): far from the origin of a large map the spacing of
 // absolute fp32 coordinates is 20 times coarser than the weights need. One header for host and device, so that both
-// read the same cells. Whatever the box holds, NaN and infinities too, the taps lie on the map; a box that is not
-// finite gets a NaN weight, hence NaN samples. A second tap of weight zero equals the first: a neighbour that does not
-// count is not read, so that its NaN or infinity reaches nobody.
+// read the same cells. The taps lie on the map for any box, also one of NaN or infinities; a box that is not finite
+// gets a NaN weight, hence NaN samples. A second tap of weight zero equals the first: a neighbour without weight is not
+// read, so its NaN or infinity does not spread.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Which block of a cluster does what in the single-pass kernel, and where its operands lie in shared memory.
+// The work of each block of a cluster in the single-pass kernel, and its operands' places in shared memory.
 //
 // Four blocks share 128 rows. Along K a cluster walks through one sequence of tiles of 64: those of X, those of S, and
 // those of the hidden activation, of which each block makes four. All blocks need the same rows, and each provides its

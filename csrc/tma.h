@@ -1,5 +1,5 @@
-// What the TMA unit asks of a matrix that it copies. CuTe only asserts it, and prints what the driver says of the rest;
-// here it is an answer that an exception can carry.
+// Requirements of the TMA unit on a matrix that it copies, checked so that an exception can name the one that fails;
+// CuTe only asserts them, and prints what the driver says of the rest.
 
 #pragma once
 

@@ -1,7 +1,7 @@
 // The transpose of crop_resize: every cell of a map gathers from the samples that read it.
 //
-// One writer a cell and a fixed order over tiles and samples: the result does not depend on the number of threads.
-// Eager PyTorch's slices instead fill and add up whole maps, one for each tile.
+// Each cell has one writer and a fixed order over tiles and samples, so the result does not depend on the number of
+// threads. Slices in eager PyTorch fill and add up one whole map per tile instead.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

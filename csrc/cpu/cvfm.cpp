@@ -1,8 +1,8 @@
-// The fused forward pass on the CPU: blocks of rows go through all of it while they are in cache.
+// The fused forward pass on the CPU. Each block of rows passes through all steps while it is in cache.
 //
 // A block of [X ; S] is written once (tokens copied, features sampled in place), fc1 and fc2 are products of torch's
-// own libraries, and one pass over M makes the gate, the residual and the result. Neither S nor the hidden activation
-// exists for more rows than one block unless the backward pass asks for Z and M.
+// own libraries, and one pass over M computes gate, residual and result. S and the hidden activation exist for one
+// block of rows at a time, unless the backward pass asks for Z and M.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,4 +1,4 @@
-// The gate's arithmetic: tanh for vectors of float32, and what is done to one row of tokens with it.
+// The gate's arithmetic: tanh for vectors of float32, and the gate applied to a row of tokens.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// The product gate's way back in one pass: what eight elementwise operations of torch would do, each with its own
-// buffer.
+// The product gate's backward pass in one sweep over memory; torch needs eight elementwise operations, each with its
+// own buffer.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

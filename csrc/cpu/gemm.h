@@ -1,4 +1,4 @@
-// Matrix products by the libraries that torch ships, through its stable ABI; nothing is multiplied by hand here.
+// Matrix products by the libraries that torch ships, called through its stable ABI.
 
 #pragma once
 

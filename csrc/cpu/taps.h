@@ -1,4 +1,4 @@
-// What the CPU operators share: the taps of all tiles, made once a call.
+// The taps of all tiles, computed once per call; the CPU operators share them.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// Inner loops over channels, compiled once for each vector width and chosen when the library is loaded: the binary
-// itself stays a generic one.
+// Inner loops over channels, compiled once per vector width. The library chooses one as it loads, so the binary runs on
+// any processor.
 
 #pragma once
 

@@ -1,5 +1,5 @@
 // The operators fila::crop_resize and fila::crop_resize_backward on CUDA tensors. Values of boxes and indices are not
-// looked at, which would wait for the device: whatever they are, nothing is read or written outside.
+// checked, since a check would wait for the device; whatever they are, nothing outside is read or written.
 
 #include "crop_resize.h"
 

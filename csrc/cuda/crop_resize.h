@@ -1,5 +1,5 @@
-// crop_resize on a GPU: what launches its kernels. Device pointers and strides in elements, no tensors, so that nvcc
-// sees nothing of torch. Scalar is float, __nv_bfloat16 or __half.
+// Launchers of crop_resize's kernels. They take device pointers and strides in elements, no tensors, so that nvcc sees
+// nothing of torch. Scalar is float, __nv_bfloat16 or __half.
 
 #pragma once
 

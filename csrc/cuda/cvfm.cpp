@@ -1,6 +1,6 @@
-// The operators fila::cvfm_forward and fila::cvfm on CUDA tensors: the crop-resize pre-pass and two products, or the
-// projection and then the same, or one kernel; see gemm.h, crop_resize.h and single_pass.h for the kernels. Nothing is
-// looked at that would wait for the device.
+// The operators fila::cvfm_forward and fila::cvfm on CUDA tensors. Sample-first is the crop-resize pre-pass and two
+// products, project-first the projection before these, single-pass one kernel; the kernels are in crop_resize.h, gemm.h
+// and single_pass.h. No value is read that the host would have to wait for.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

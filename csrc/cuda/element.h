@@ -1,4 +1,4 @@
-// The types of 16 bits as kernels see them, and accesses that are as wide as alignment allows.
+// The 16-bit types inside kernels, and loads and stores as wide as alignment allows.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// What the layers' epilogues are given, on any architecture; pointwise.h has what they compute.
+// Arguments of the two layers' epilogues, on any architecture; pointwise.h has their arithmetic.
 
 #pragma once
 

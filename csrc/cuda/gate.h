@@ -1,4 +1,4 @@
-// The product gate's way back on a GPU: what launches its kernels. Scalar is float, __nv_bfloat16 or __half.
+// Launchers of the product gate's backward kernels. Scalar is float, __nv_bfloat16 or __half.
 
 #pragma once
 

@@ -1,5 +1,6 @@
-// The forward pass's two products, with all that surrounds them in their epilogues. Matrices are row-major, of bfloat16
-// or float16, accumulated in float32; each has its row stride in elements. R = T * L flat rows of tokens (rows.h).
+// The forward pass's two products; bias, activation, gate and residual are in their epilogues. Matrices are row-major,
+// of bfloat16 or float16, accumulated in float32; each has its row stride in elements. R = T * L flat rows of tokens
+// (rows.h).
 //
 //     fc1    Z = [X ; S] W1' + b1,  A = gelu(Z)
 //     fc2    M = A W2' + b2,        out = X + tanh(alpha M)  or  X + tanh(alpha) M,  prefix tokens as they are

@@ -1,4 +1,4 @@
-// What every launch of a CUDA kernel goes through: torch's current stream, and an error that names the kernel.
+// Launches CUDA kernels on torch's current stream; a failed launch throws an error that names the kernel.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// The whole forward pass in one kernel, for D = H = 1024 on compute capability 9.0: neither S nor the hidden activation
-// is ever in device memory. See gemm.h for the letters and for what is asked of sizes and addresses.
+// The whole forward pass in one kernel, for D = H = 1024 on compute capability 9.0: S and the hidden activation are
+// never in device memory. gemm.h explains the letters and the requirements on sizes and addresses.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Tensors as the kernels' launchers take them.
+// Converts tensors to the arguments that the kernels' launchers take.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// An iterator over tiles along K that goes on with a second operand where the first one ends.
+// An iterator over tiles along K that continues with a second operand where the first one ends.
 
 #pragma once
 

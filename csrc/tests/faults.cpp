@@ -1,5 +1,5 @@
-// Faults planted for the sanitizers: `faults read|write|overflow` calls the library's own code with what its operators
-// never let through, and dies there. One that ends with status 0 shows that the sanitizers see nothing.
+// Faults planted for the sanitizers: `faults read|write|overflow` calls the library's own code with arguments that its
+// operators refuse, and a sanitizer has to stop it. Status 0 means that no sanitizer saw the fault.
 
 #include <cstring>
 

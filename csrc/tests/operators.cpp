@@ -1,8 +1,8 @@
 // The operators' inner loops for one vector width, against loops in float64: `operators LIBRARY [FEATURE]`.
 //
 // LIBRARY is libfila_kernels.so, whose loops are chosen for this processor as it loads, or the same sources compiled
-// for one width alone, which needs the processor's FEATURE. Every width is held to the same bounds, made from the sizes
-// of the terms that each number is a sum of.
+// for one width alone, which needs the processor's FEATURE. All widths have the same bounds, derived from the sizes of
+// the terms in each sum.
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -1,6 +1,6 @@
-// The single-pass kernel's layouts by CuTe, on the host: our own rules for where elements lie have to be those by which
-// TMA writes, wgmma reads and its sums are held. Compiled as CUDA code, whose kernel is not launched; needs the headers
-// of CUTLASS and CUDA, so CTest leaves it out; see tests/test_cuda_host.py.
+// The single-pass kernel's layouts against CuTe's, on the host: our rules for the places of elements have to equal
+// those by which TMA writes, wgmma reads and accumulators are laid out. Compiled as CUDA code without a launch; CTest
+// leaves it out, since it needs the headers of CUTLASS and CUDA (tests/kernels/test_cuda_host.py runs it).
 
 #include "../cuda/single_pass_sm90a.h"
 

@@ -1,4 +1,4 @@
-// Refusals say the operator, what was expected and what came.
+// Error messages name the operator, what was expected and what came.
 
 #include "../check.h"
 

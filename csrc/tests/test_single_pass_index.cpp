@@ -1,4 +1,4 @@
-// Who does what in the single-pass kernel, and where: the swizzle against the hardware's rule for addresses, the walk
+// The index arithmetic of the single-pass kernel: the swizzle against the hardware's rule for addresses, the walk
 // over the three operands, the ring's phases against a count, the pairs of sums against the whole matrix.
 
 #include "../single_pass_index.h"

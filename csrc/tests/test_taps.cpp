@@ -1,5 +1,4 @@
-// Boxes and indices of any layout to the taps of all tiles; values that are refused, and those that need not be looked
-// at.
+// The taps of all tiles from boxes and indices of any layout; values that are refused, and values that are not checked.
 
 #include "../cpu/taps.h"
 

@@ -1,4 +1,4 @@
-// What is refused before a TMA descriptor is made: each limit by itself, on both of its sides.
+// Each limit of a TMA descriptor by itself, at the last value that is accepted and the first that is refused.
 
 #include "../tma.h"
 

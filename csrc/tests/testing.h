@@ -1,4 +1,4 @@
-// What the tests share: an expectation that counts its failures, a fixed source of numbers, tensors over vectors.
+// Shared by the tests: an expectation that counts its failures, a fixed source of numbers, tensors over vectors.
 //
 // A test is a program of its own: it returns 0 when it passes and 77 when this machine cannot run it.
 

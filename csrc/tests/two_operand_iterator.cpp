@@ -1,7 +1,7 @@
-// The sm_80 main loop's way through two operands, executed on the host: CUTLASS's own iterators, its multistage loop's
-// order of calls, every thread of a block. Each element of [X ; S] and of the weight's columns has to be loaded once,
-// in its operand's tiles, and nothing outside. Needs the headers of CUTLASS and CUDA, so CTest leaves it out; see
-// tests/test_cuda_host.py.
+// The sm_80 main loop over two operands, executed on the host: CUTLASS's own iterators, in its multistage loop's order
+// of calls, for every thread of a block. Each element of [X ; S] and of the weight's columns has to be loaded once, in
+// its operand's tiles, and nothing outside. CTest leaves it out, since it needs the headers of CUTLASS and CUDA
+// (tests/kernels/test_cuda_host.py runs it).
 
 #include <cuda_runtime_api.h>
 
