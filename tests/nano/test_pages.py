@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from recipes.nano.pages import blocks, compose, draw, seams, words
 from recipes.nano.pages import sample as page_sample
 from recipes.nano.pages.fonts import FONT_LIST, FontSet
+from recipes.nano.pages.page import Page
 from recipes.nano.pages.questions import PHRASES
 from recipes.nano.pages.sample import CHARSET, NANO_GEOMETRY, SHAPES, make_sample
 
@@ -20,7 +21,7 @@ FONTS = FontSet.builtin()
 SPLITS = ("train", "test")
 
 
-def clean_page(seed: int, cut: bool) -> compose.Page:
+def clean_page(seed: int, cut: bool) -> Page:
     """A page drawn black on white without panels, shapes or wear: every dark pixel is a glyph's ink."""
     page = compose.find_page(
         Random(f"train/{seed}"), split="train", fonts=FONTS, geometry=NANO_GEOMETRY, cut=cut, measure=True
@@ -34,7 +35,7 @@ def clean_page(seed: int, cut: bool) -> compose.Page:
     return replace(page, blocks=bare, style=replace(page.style, paper=(255, 255, 255)), wear_seed=None)
 
 
-def single_glyphs(page: compose.Page) -> list[blocks.Run]:
+def single_glyphs(page: Page) -> list[blocks.Run]:
     """The answer's characters as runs of their own, where they stand on the page."""
     block = page.blocks[0]
     run = block.runs[block.ask.run]
@@ -46,13 +47,13 @@ def single_glyphs(page: compose.Page) -> list[blocks.Run]:
     return found
 
 
-def ink_alone(page: compose.Page, run: blocks.Run) -> Image.Image:
+def ink_alone(page: Page, run: blocks.Run) -> Image.Image:
     """The whole picture with nothing but one run, as ink: white on black."""
     image = draw.draw_page(replace(page, blocks=[replace(page.blocks[0], runs=[run])]))
     return image.convert("L").point(lambda v: 255 - v)
 
 
-def on_canvas(page: compose.Page, ink: Image.Image) -> np.ndarray:
+def on_canvas(page: Page, ink: Image.Image) -> np.ndarray:
     """The finished canvas of a picture of ink: fitted into the content rectangle, padding black."""
     content = page.layout.content
     canvas = Image.new("L", (page.layout.canvas[1], page.layout.canvas[0]))

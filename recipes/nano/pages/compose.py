@@ -4,7 +4,6 @@ The block that holds the answer is placed first, so that a seam runs through one
 """
 
 import math
-from dataclasses import dataclass
 from random import Random
 from statistics import median
 
@@ -13,6 +12,7 @@ from recipes.nano.pages import blocks as make
 from recipes.nano.pages import draw, seams
 from recipes.nano.pages.blocks import LONGEST_ANSWER, SHAPES, Block, Color, Run, Style
 from recipes.nano.pages.fonts import FontSet
+from recipes.nano.pages.page import Page
 from recipes.nano.pages.questions import phrase
 
 CANVAS_SHARES = {(1, 2): 0.2, (2, 1): 0.2, (2, 2): 0.3, (1, 3): 0.15, (3, 1): 0.15}  # (rows, columns) of tiles
@@ -22,23 +22,6 @@ KIND_SHARES = {
 }  # fmt: skip
 _KINDS, _KIND_WEIGHTS = tuple(KIND_SHARES), tuple(KIND_SHARES.values())
 _ATTEMPTS, _PATIENCE = 400, 40
-
-
-@dataclass
-class Page:
-    """A planned page; the first block holds the answer."""
-
-    layout: Layout
-    style: Style
-    blocks: list[Block]
-    kind: str
-    question: str
-    cut: bool
-    wear_seed: int | None  # None: drawn clean
-
-    @property
-    def answer(self) -> str:
-        return self.blocks[0].answer
 
 
 def find_page(

@@ -3,18 +3,15 @@
 import io
 import math
 from random import Random
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from recipes.nano.pages.blocks import Block, Mark, Run
-
-if TYPE_CHECKING:
-    from recipes.nano.pages.compose import Page
+from recipes.nano.pages.page import Page
 
 
-def draw_page(page: "Page") -> Image.Image:
+def draw_page(page: Page) -> Image.Image:
     """The picture of a page, RGB, at image resolution."""
     layout = page.layout
     image = Image.new("RGB", (layout.width, layout.height), page.style.paper)
@@ -35,7 +32,7 @@ def draw_page(page: "Page") -> Image.Image:
     return image if page.wear_seed is None else _wear(image, page)
 
 
-def draw_glyph(page: "Page", block: Block, run: Run, index: int) -> tuple[Image.Image, tuple[int, int]]:
+def draw_glyph(page: Page, block: Block, run: Run, index: int) -> tuple[Image.Image, tuple[int, int]]:
     """One glyph drawn alone, white on black, at the place and size it has on the page.
 
     Returns:
@@ -55,7 +52,7 @@ def draw_glyph(page: "Page", block: Block, run: Run, index: int) -> tuple[Image.
     return patch, (y0, x0)
 
 
-def frame(page: "Page") -> tuple[float, float, float, float]:
+def frame(page: Page) -> tuple[float, float, float, float]:
     """(canvas pixels per image pixel along y and x, y and x of the content's corner on the canvas)."""
     layout = page.layout
     content = layout.content
@@ -67,7 +64,7 @@ def font_size(run: Run, sy: float) -> float:
     return round(run.em / sy * 2) / 2
 
 
-def _panel(draw: ImageDraw.ImageDraw, block: Block, page: "Page") -> None:
+def _panel(draw: ImageDraw.ImageDraw, block: Block, page: Page) -> None:
     sy, sx, oy, ox = frame(page)
     x0, y0 = (block.x - 3 - ox) / sx, (block.y - oy) / sy
     x1, y1 = (block.x + block.width + 3 - ox) / sx, (block.y + block.height - oy) / sy
@@ -99,7 +96,7 @@ def _mark(draw: ImageDraw.ImageDraw, mark: Mark, x: float, y: float, r: float) -
     draw.polygon(points, fill=fill, outline=mark.color, width=width)
 
 
-def _wear(image: Image.Image, page: "Page") -> Image.Image:
+def _wear(image: Image.Image, page: Page) -> Image.Image:
     """Blur, noise, uneven light and JPEG artefacts, each on some pages only and mild enough to stay legible."""
     rng = Random(page.wear_seed)
     sy = frame(page)[0]

@@ -16,9 +16,10 @@ from PIL import Image
 
 from fila.geometry import Geometry
 from recipes.nano.pages.blocks import SHAPES
-from recipes.nano.pages.compose import Page, find_page, global_ink
+from recipes.nano.pages.compose import find_page, global_ink
 from recipes.nano.pages.draw import draw_page
 from recipes.nano.pages.fonts import FontSet
+from recipes.nano.pages.page import Page
 from recipes.nano.pages.turns import further_questions, reading_lines
 
 CHARSET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.,:-/%$#&()+'"
