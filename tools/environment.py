@@ -182,12 +182,13 @@ class Environment:
         )
         if done.returncode != 0 and not quiet:
             output = done.stdout.decode(errors="replace")
-            print(output, end="", file=sys.stderr, flush=True)
-            if NO_CONNECTION.search(output):
-                # pip's own last word is then that no version was found, or that dependencies conflict.
+            broken = [line for line in output.splitlines() if NO_CONNECTION.search(line)]
+            if broken:  # pip's last word is then that dependencies conflict, or that no version was found
                 raise SystemExit(
-                    "setup: no connection to the package registry; `make setup` needs one (PIP_INDEX_URL names another)"
+                    "setup: no connection to the package registry; `make setup` needs one (PIP_INDEX_URL names "
+                    f"another). pip said: {broken[0]}"
                 )
+            print(output, end="", file=sys.stderr, flush=True)
         return done.returncode
 
     def _run(self, *arguments: str, quiet: bool = False) -> int:
