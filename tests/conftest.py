@@ -1,4 +1,4 @@
-"""What every test may rely on: a fixed seed, no network, and no more threads than the machine's cores allow."""
+"""Gives every test a fixed seed, no network, and no more threads than the machine has cores."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A small FILA with random weights, in memory with open gates and on disk; made once, never trained."""
+"""Fixtures: a small FILA with random weights and open gates, in memory and on disk, made once per session."""
 
 from pathlib import Path
 

@@ -1,10 +1,10 @@
 """Tiles, global view and high-resolution raster show the same place of the picture wherever the model joins them.
 
-A picture is drawn whose colours say where they are: cosine and sine of the coordinate in red and green, a plain ramp in
-blue. The ramp says which period it is, and the angle gives the place within it to a few hundredths of a pixel: 8-bit
-rounding moves it little, and a resampling filter, being symmetric, weakens the wave without shifting it. So the image
-coordinate that any rendered pixel shows can be read back from the processor's output, and compared at the points the
-model compares: the centre of each ViT patch, and the point of the raster that the patch's box gives it.
+The test picture encodes coordinates as colours: cosine and sine of the coordinate in red and green, a plain ramp in
+blue. The ramp gives the period and the angle the place within it, to a few hundredths of a pixel: 8-bit rounding moves
+it little, and a resampling filter is symmetric, so it weakens the wave without shifting it. The test reads the image
+coordinate of a rendered pixel back from the processor's output and compares it where the model joins the parts: at the
+centre of each ViT patch, and at the point of the raster that the patch's box names.
 """
 
 from dataclasses import dataclass, replace

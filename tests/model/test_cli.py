@@ -1,4 +1,4 @@
-"""The command line: right answers' form, one line for what is wrong, and the exit codes that go with it."""
+"""The command line: the form of answers, one line per mistake, exit codes."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Exported graphs: the operation survives torch.export, and an exported encoder runs in a program without Python."""
+"""Exported graphs: the operation passes torch.export, and an exported encoder runs in a program without Python."""
 
 import doctest
 import os

@@ -1,4 +1,4 @@
-"""Memory running out is told from other mistakes, and every message fits one line."""
+"""Error messages: running out of memory is recognised, and every message fits one line."""
 
 import pytest
 import torch

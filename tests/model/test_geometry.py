@@ -1,4 +1,4 @@
-"""Geometry against transformers' LLaVA-NeXT, which the token count and the canvas must equal for any picture size."""
+"""Geometry against transformers' LLaVA-NeXT: canvas and token count are equal for any picture size."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Every kind of picture a user may bring: the right pixels, or a clear refusal."""
+"""Every kind of picture that a user may bring gives the right pixels or a clear error."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Loading is complete or an error, and an answer says how it came about."""
+"""Loading is complete or an error, and an answer carries its plan, backend and times."""
 
 import json
 import shutil

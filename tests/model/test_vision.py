@@ -1,4 +1,4 @@
-"""The hybrid encoder: the ViT it starts from, the gate, groups of canvases, and what it refuses."""
+"""The hybrid encoder: equality with its source ViT, the gate, groups of canvases, fusions, refused input."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A checkpoint of fila-nano's size and random weights: everything but the right answers, and ready in a second."""
+"""Saves a checkpoint of fila-nano's size with random weights, in about a second."""
 
 from pathlib import Path
 

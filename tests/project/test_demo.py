@@ -1,4 +1,4 @@
-"""The demo runs on a checkpoint of random weights: a table, a count and an explaining picture for each question."""
+"""The demo on a checkpoint of random weights: it prints a table and a count, and draws a picture per question."""
 
 import importlib.util
 import re
