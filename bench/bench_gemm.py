@@ -48,13 +48,13 @@ class Operands:
 
 def ways(operands: list[Operands], part: str) -> dict[str, Make]:
     """Calls that give [T, P + N, H or D]."""
-    from fila_kernels.backends.triton import products
+    from fila_kernels.backends.triton import gemm
 
     def fused(o: Operands) -> Tensor:
         if part == "fc1":
-            products.fc1(o.call, o.sampled, None, None, None, o.hidden_out)
+            gemm.fc1(o.call, o.sampled, None, o.hidden_out)
             return o.hidden_out
-        products.fc2(o.call, o.activated, o.out, None)
+        gemm.fc2(o.call, o.activated, o.out, None)
         return o.out
 
     def plain(o: Operands) -> Tensor:

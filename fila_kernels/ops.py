@@ -74,9 +74,9 @@ def _backward_results(inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
 def _implementation(backend: str) -> Any:
     """The module that computes: crop_resize, crop_resize_backward, forward, backward."""
     if backend == "triton":
-        from fila_kernels.backends.triton import launch  # imports triton, which not every machine has
+        from fila_kernels.backends.triton import cvfm  # imports triton, which not every machine has
 
-        return launch
+        return cvfm
     if backend == "cuda":
         return cuda
     return _EAGER

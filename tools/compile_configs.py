@@ -1,4 +1,4 @@
-"""Compiles the Triton products with every config that the tuner would try, and keeps what came out in a CSV.
+"""Compiles the Triton products with every config that the tuner would try, and keeps the figures in a CSV.
 
     python -m tools.compile_configs                         # by the installed Triton; make test-aot: by 3.6.0 too
     python -m tools.compile_configs --arch 90 --dtype float16
@@ -110,8 +110,8 @@ def compiled(task: Task) -> list[Row]:
         return [row_of(found, known) for found in compiled_kernels.compile_defaults(arch, dtype)]
     kernels: list[Kernel] = []
     try:
-        with compiled_kernels.compiling(arch, kernels, ("reduce_kernel",)):
-            compiled_kernels.product_launches(compiled_kernels.example(dtype))[kernel](config)
+        with compiled_kernels.compiling(arch, kernels, ("reduce_kernel",), config):
+            compiled_kernels.product_launches(compiled_kernels.example(dtype))[kernel]()
     except Exception as error:
         return [known | {"faults": f"does not compile: {type(error).__name__}: {str(error).splitlines()[0]}"}]
     return [row_of(found, known) for found in kernels]

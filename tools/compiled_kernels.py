@@ -1,9 +1,9 @@
-"""Compiles the Triton kernels ahead of time, for architectures that need not be here, and looks at what came out.
+"""Compiles the Triton kernels ahead of time, for architectures that need not be here, and checks the machine code.
 
     python tools/compiled_kernels.py [--arch 90]     # the default configs, as a table; compile_configs.py does all
 
-The launchers run as they do in a process with a GPU, on memory that nobody reads: only the launch itself is replaced,
-by a compilation for the wanted architecture. `faults` says what is wrong with a compiled kernel; tests use both.
+The launchers run as in a process with a GPU, on memory that nobody reads: `compiling` replaces the launch by a
+compilation for the wanted architecture. `faults` says what is wrong with a compiled kernel. Tests use both.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fila_kernels import planner
-from fila_kernels.backends.triton import configs, crop_resize, host, products
-from fila_kernels.call import Call, Shape
+from fila_kernels.backends.triton import configs, crop_resize, gemm, host, pointwise, single_pass
+from fila_kernels.call import DIRECTIONS, Call, Plan, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -39,8 +39,6 @@ BY_REGISTERS = ("HMMA", "LDGSTS")
 INTENDED = {
     80: BY_REGISTERS, 89: BY_REGISTERS, 90: ("HGMMA", "UTMALDG"), 100: ("UTCHMMA", "UTMALDG"), 120: BY_REGISTERS,
 }  # fmt: skip
-# What a launch is beside its kernel's name.
-WORDS = {"PROJECTED": "projected", "TAIL_M": "one image"}
 # No config reads through descriptors here: row blocks of a single pass gather, and its weights stay in L2.
 WITHOUT_DESCRIPTORS = {arch: instructions[:1] for arch, instructions in INTENDED.items()}
 
@@ -102,14 +100,19 @@ class _Driver:
 
 
 @contextmanager
-def compiling(arch: int, found: list[Kernel], leave_out: tuple[str, ...] = ()) -> Iterator[None]:
-    """Within, launchers choose for `arch`, and what they launch is compiled and added to `found`."""
+def compiling(
+    arch: int, found: list[Kernel], leave_out: tuple[str, ...] = (), config: configs.Config | None = None
+) -> Iterator[None]:
+    """Within, launchers choose for `arch`, and what they launch is compiled and added to `found`.
+
+    `config` is taken for every launch that chooses one.
+    """
     device = configs.ARCHITECTURES[arch]
     chosen: list[configs.Config] = []
     choose = host.choose
 
-    def remember(*arguments: Any, **settings: Any) -> configs.Config:
-        chosen.append(choose(*arguments, **settings))
+    def remember(*arguments: Any) -> configs.Config:
+        chosen.append(config or choose(*arguments))
         return chosen[-1]
 
     def compile_instead(kernel: Any, grid: Any, *arguments: Any, **settings: Any) -> None:
@@ -118,8 +121,7 @@ def compiling(arch: int, found: list[Kernel], leave_out: tuple[str, ...] = ()) -
         compiled = kernel.warmup(*arguments, grid=grid, **settings)
         tensors = (a.base if hasattr(a, "base") and not isinstance(a, torch.Tensor) else a for a in arguments)
         dtype = next(t.dtype for t in tensors if isinstance(t, torch.Tensor))
-        label = kernel.__name__.removesuffix("_kernel")
-        label += "".join(f" ({word})" for name, word in WORDS.items() if settings.get(name))
+        label = compiled.metadata.name.removesuffix("_kernel") + (" (one image)" if settings.get("TAIL_M") else "")
         kernel_found = Kernel(
             label, arch, dtype, chosen.pop() if chosen else None, settings["num_warps"], compiled.metadata.shared,
             getattr(compiled.metadata, "tmem_size", 0) or 0, ptx=compiled.asm["ptx"],
@@ -127,19 +129,16 @@ def compiling(arch: int, found: list[Kernel], leave_out: tuple[str, ...] = ()) -
         _disassemble(kernel_found, compiled.asm["cubin"])
         found.append(kernel_found)
 
-    replaced: list[tuple[Any, str, Any]] = [(configs, "device_of", lambda _: device), (host, "choose", remember)]
-    replaced += [(module, "run", compile_instead) for module in (host, products, crop_resize)]
-    replaced += [(module, "choose", remember) for module in (products, crop_resize)]
-    kept = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    for module, name, value in replaced:
-        setattr(module, name, value)
-    driver.set_active(_Driver(arch))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for module, name, value in kept:
-            setattr(module, name, value)
-        driver._active = None
+    with (
+        mock.patch.object(configs, "device_of", lambda _: device),
+        mock.patch.object(host, "choose", remember),
+        mock.patch.object(host, "run", compile_instead),
+    ):
+        driver.set_active(_Driver(arch))  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            driver._active = None
 
 
 def _disassemble(kernel: Kernel, cubin: bytes) -> None:
@@ -169,7 +168,7 @@ def least_products(kernel: Kernel) -> int:
     assert isinstance(config, configs.GemmConfig)
     if kernel.name.startswith("single_pass"):
         return 1
-    steps = config.block_k // 16 * (2 if kernel.name.startswith("fc1_fwd") and "projected" not in kernel.name else 1)
+    steps = config.block_k // 16 * (2 if kernel.name.startswith("fc1_fwd") else 1)
     if INTENDED[kernel.arch] == BY_REGISTERS:  # 16 x 8 results each
         return steps * config.block_m * config.block_n // (128 * config.num_warps)
     if kernel.arch == 90:  # 64 rows for four warps, up to 256 columns
@@ -216,11 +215,11 @@ def example(
     return Call(
         empty(tiles, 577, width), empty(shape.images, side, side, channels), torch.zeros(tiles, 4),
         torch.zeros(tiles, dtype=torch.int64), empty(width, width + channels), empty(width), empty(width, width),
-        empty(width), empty(1), shape, gate, planner.choose(shape, dtype, torch.device("cpu"), "sample_first"),
+        empty(width), empty(1), shape, gate, Plan(**dict.fromkeys(DIRECTIONS, "sample_first"), reasons={}),
     )  # fmt: skip
 
 
-def product_launches(call: Call) -> dict[str, Callable[[configs.Config | None], object]]:
+def product_launches(call: Call) -> dict[str, Callable[[], object]]:
     """Every product's kernel as training launches it, by the name that configs knows it by."""
     shape, dtype = call.shape, call.tokens.dtype
 
@@ -231,48 +230,44 @@ def product_launches(call: Call) -> dict[str, Callable[[configs.Config | None], 
         return torch.empty((shape.samples, width), dtype=dtype)
 
     d, c, h = shape.token_width, shape.feature_width, shape.hidden_width
-    tables = torch.empty((shape.tiles, 2, 24), dtype=torch.int32), torch.empty((shape.tiles, 2, 24))
+    taps, weights = torch.empty((shape.tiles, 2, 24), dtype=torch.int32), torch.empty((shape.tiles, 2, 24))
     narrow = example(dtype, 512, tiles=5)
     return {
-        "fc1": lambda config: products.fc1(call, flat(c), None, None, samples(h), flat(h), config),
-        "fc1_projected": lambda config: products.fc1(
-            call, None, torch.empty((shape.cells, h), dtype=dtype), tables, samples(h), flat(h), config
+        "fc1": lambda: gemm.fc1(call, flat(c), samples(h), flat(h)),
+        "fc1_projected": lambda: gemm.fc1_projected(
+            call, torch.empty((shape.cells, h), dtype=dtype), taps, weights, samples(h), flat(h)
         ),
-        "fc2": lambda config: products.fc2(call, flat(h), flat(d), samples(d), config=config),
-        "single_pass": lambda config: products.single_pass(narrow, torch.empty_like(narrow.tokens), None, None, config),
-        "hidden_gradient": lambda config: products.hidden_gradient(
-            call, flat(d), samples(h), flat(h), flat(h), True, False, config
-        ),
-        "input_gradient": lambda config: products.input_gradient(
-            call, flat(h), flat(d), flat(d), flat(c), config=config
-        ),
-        "weight_gradient": lambda config: products.weight_gradient(
-            call, flat(h)[:, 1:], flat(d)[:, 1:], torch.empty((h, d), dtype=dtype), "parameter", config
+        "fc2": lambda: gemm.fc2(call, flat(h), flat(d), samples(d)),
+        "single_pass": lambda: single_pass.single_pass(narrow, torch.empty_like(narrow.tokens), None, None),
+        "hidden_gradient": lambda: gemm.hidden_gradient(call, flat(d), samples(h), flat(h), flat(h), True, False),
+        "input_gradient": lambda: gemm.input_gradient(call, flat(h), flat(d), flat(d), flat(c)),
+        "weight_gradient": lambda: gemm.weight_gradient(
+            call, flat(h)[:, 1:], flat(d)[:, 1:], torch.empty((h, d), dtype=dtype)
         ),
     }
 
 
 def other_launches(call: Call) -> None:
-    """The kernels that are no products, and those that only some calls launch."""
+    """The kernels that are no products, and the tiles that one image alone takes."""
     shape, dtype = call.shape, call.tokens.dtype
     samples = torch.empty((shape.tiles, 577, shape.feature_width), dtype=dtype)[:, 1:]
     crop_resize.crop_resize_fwd(call.features, call.boxes, call.image_index, 24, samples)
-    maps = (shape.images, shape.height, shape.width)
-    tables = crop_resize.crop_tables(call.boxes, call.image_index, 24, maps, True)
+    tables = crop_resize.crop_tables(call.boxes, call.image_index, 24, (shape.images, shape.height, shape.width), True)
     grad = samples.unflatten(1, (24, 24))
     crop_resize.crop_resize_bwd(grad, tables, 24, torch.empty_like(call.features), call.alpha)
     flat, branch = torch.empty_like(call.tokens), torch.empty((shape.samples, shape.token_width), dtype=dtype)
-    products.gate_gradient(call, flat, branch, torch.empty_like(flat), True, True)
-    products.activate(call, branch, flat)
+    pointwise.gate_gradient(call, flat, branch, torch.empty_like(flat), True, True)
+    pointwise.activate(call, branch, flat)
     one_image = product_launches(example(dtype, tiles=5))
     for name in ("fc1", "fc2"):
-        one_image[name](None)
+        one_image[name]()
 
 
-def frozen(call: Call) -> None:
-    """What frozen features leave out of the tokens' gradient."""
+def inference_and_frozen(call: Call) -> None:
+    """Two products without what only training or unfrozen features want of them."""
     flat = torch.empty_like(call.tokens)
-    products.input_gradient(call, flat, flat, torch.empty_like(flat), None)
+    gemm.fc2(call, flat, torch.empty_like(flat), None)
+    gemm.input_gradient(call, flat, flat, torch.empty_like(flat), None)
 
 
 def compile_defaults(arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Kernel]:
@@ -282,10 +277,10 @@ def compile_defaults(arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Ker
     with compiling(arch, found, () if arch == 90 else ("reduce_kernel",)):
         launches = product_launches(call)
         if arch == 80:
-            del launches["input_gradient"]
-            frozen(call)
+            del launches["fc2"], launches["input_gradient"]
+            inference_and_frozen(call)
         for launch in launches.values():
-            launch(None)
+            launch()
         if arch == 90:
             other_launches(call)
     return found

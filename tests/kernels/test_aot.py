@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fila_kernels.backends.triton import configs, crop_resize, host, products
+from fila_kernels.backends.triton import configs, crop_resize, gemm, host
+from fila_kernels.call import UNMEASURED, Measured
 from tools import compiled_kernels
 from tools.compiled_kernels import ARCHITECTURES, compile_defaults, compiling, example, faults, product_launches
 
@@ -23,12 +24,20 @@ def test_default_configs(arch, capfd):
     assert len(kernels) <= 16, "three architectures take at most 30 compilations, and this one most of them"
     assert [fault for kernel in kernels for fault in faults(kernel)] == []
     names = {kernel.name for kernel in kernels}
-    assert {"fc1_fwd", "fc1_fwd (projected)", "single_pass_fwd", "hidden_grad", "input_grad", "weight_grad"} <= names
-    assert "fc2_fwd" in names
+    products = {
+        "fc1_fwd",
+        "fc1_projected_fwd",
+        "fc2_fwd",
+        "hidden_grad",
+        "input_grad",
+        "weight_grad",
+        "single_pass_fwd",
+    }
+    assert products <= names
     if arch == 90:
         others = {
-            "crop_resize_fwd", "crop_tables", "crop_resize_bwd", "gate_bwd", "gelu",
-            "reduce", "fc1_fwd (one image)", "fc2_fwd (one image)",
+            "crop_resize_fwd", "crop_tables", "crop_resize_bwd", "gate_bwd", "gelu_fwd", "reduce",
+            "fc1_fwd (one image)", "fc2_fwd (one image)",
         }  # fmt: skip
         assert others <= names
         assert all(kernel.count("LDG.E.128") for kernel in kernels if kernel.name == "crop_resize_fwd")
@@ -43,7 +52,7 @@ def test_widths_that_pointers_do_not_load_in_sixteen_bytes_do_not_spill(arch, wi
     with compiling(arch, found):
         launches = product_launches(example(width=width))
         for name in ("fc1_projected", "fc2", "hidden_gradient"):
-            launches[name](None)
+            launches[name]()
     assert [(kernel.name, kernel.spills) for kernel in found if kernel.spills] == []
     assert len(found) == 3
     assert all(kernel.count(compiled_kernels.INTENDED[arch][0]) for kernel in found)
@@ -71,7 +80,7 @@ def test_float32_is_ieee_and_tf32_is_found(planted, monkeypatch):
     call = example(torch.float32, 64, 32, tiles=1)
     found = []
     with compiling(80, found):
-        products.fc2(call, torch.empty(1, 577, 64), torch.empty_like(call.tokens), None)
+        gemm.fc2(call, torch.empty(1, 577, 64), torch.empty_like(call.tokens), None)
     assert ("tf32" in found[0].ptx) == planted
     assert bool(faults(found[0])) == planted
 
@@ -175,9 +184,10 @@ def test_what_cannot_run_is_refused():
     assert not configs.supports(replace(good, block_m=256, block_n=256), problem, hopper)
     assert not configs.supports(replace(good, split_k=2), problem, hopper)
     assert not configs.supports(configs.GatherConfig(16, 64), problem, hopper)
-    backward = replace(problem, kernel="crop_resize_backward", k=0)
-    assert configs.supports(configs.GatherConfig(16, 64, 8), backward, hopper)
-    assert not configs.supports(configs.GatherConfig(16, 64, 4), backward, hopper)
+    gather = replace(problem, kernel="crop_resize_backward", k=0)
+    assert configs.supports(configs.GatherConfig(16, 64, 8), gather, hopper)
+    assert not configs.supports(configs.GatherConfig(64, 512, 4), gather, hopper)
+    assert not configs.supports(good, gather, hopper)
     tailed = replace(good, tail_m=64)
     assert configs.supports(tailed, problem, hopper)
     for changed in (replace(tailed, tail_m=48), replace(tailed, tail_m=128), replace(tailed, tma=False)):
@@ -188,8 +198,29 @@ def test_what_cannot_run_is_refused():
     assert not configs.supports(specialized, problem, hopper)
     assert not configs.supports(tailed, problem, blackwell)
     assert not configs.supports(replace(specialized, num_warps=4), problem, blackwell)
-    assert not configs.supports(replace(specialized, block_n=256), replace(problem, kernel="fc1_projected"), blackwell)
     wide = replace(problem, kernel="single_pass")
     assert not configs.supports(configs.GemmConfig(64, 64, 32, 8, 2), wide, hopper)
-    with pytest.raises(ValueError, match="cannot run"):
-        host.choose(problem, torch.device("cpu"), replace(good, block_m=96))
+    narrow = replace(wide, n=512, k=512)
+    assert configs.supports(configs.GemmConfig(64, 64, 32, 8, 2), narrow, hopper)
+
+
+def test_a_measured_config_is_taken_where_it_can_run():
+    cpu = torch.device("cpu")
+    problem = configs.Problem("fc2", 2885, 1024, 1024, torch.bfloat16)
+    good = configs.GemmConfig(128, 128, 64, 8, 4, tma=True)
+
+    def chosen(config, sizes=(2885, 1024, 1024)):
+        return host.choose(problem, cpu, Measured([("fc2", sizes, configs.plain(config))]))
+
+    assert chosen(good) == chosen(good, (4000, 1024, 1024)) == good
+    default = host.choose(problem, cpu, UNMEASURED)
+    assert chosen(replace(good, block_m=96)) == chosen(good, (9000, 1024, 1024)) == default != good
+
+
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+def test_the_tuner_tries_few(kernel):
+    for arch, device in configs.ARCHITECTURES.items():
+        problem = configs.Problem(kernel, 2885, 512, 512, torch.bfloat16)
+        found = configs.candidates(problem, device)
+        tiles = {replace(config, split_k=1) if isinstance(config, configs.GemmConfig) else config for config in found}
+        assert len(tiles) <= 12, (arch, kernel)

@@ -50,16 +50,15 @@ def test_single_pass(case):
 
 
 def test_single_pass_is_one_launch(monkeypatch):
-    from fila_kernels.backends.triton import crop_resize, host, products
+    from fila_kernels.backends.triton import host
 
-    launched = []
+    launched, run = [], host.run
 
     def count(kernel, *arguments, **settings):
         launched.append(kernel.__name__)
-        host.run(kernel, *arguments, **settings)
+        run(kernel, *arguments, **settings)
 
-    monkeypatch.setattr(products, "run", count)
-    monkeypatch.setattr(crop_resize, "run", count)
+    monkeypatch.setattr(host, "run", count)
     inputs = SMALL.inputs(torch.float32)
     cvfm(**inputs, backend="triton", plan="single_pass")
     assert launched == ["single_pass_fwd_kernel"]
@@ -99,13 +98,14 @@ def test_each_input_alone(name, gate, recompute):
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
 def test_frozen_inputs_launch_nothing_for_themselves(alpha, monkeypatch):
     """Pre-training trains the fusion alone: no gather, no input gradient."""
-    from fila_kernels.backends.triton import launch, products
+    from fila_kernels.backends.triton import cvfm as operation
+    from fila_kernels.backends.triton import gemm
 
     def refuse(*_, **__):
         raise AssertionError("computed for a frozen input")
 
-    monkeypatch.setattr(launch, "crop_resize_bwd", refuse)
-    monkeypatch.setattr(products, "input_gradient", refuse)
+    monkeypatch.setattr(operation, "crop_resize_bwd", refuse)
+    monkeypatch.setattr(gemm, "input_gradient", refuse)
     wanted = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "alpha")
     check(Case("frozen", tiles=1, images=1, alpha=alpha), torch.float32, "product", wanted)
 

@@ -11,14 +11,14 @@ import torch
 from cases import Case
 from interpreter import Guards, guards  # noqa: F401
 
-from fila_kernels.backends.triton import backward, crop_resize, forward
+from fila_kernels.backends.triton import crop_resize, epilogue, gemm, pointwise
 
 CASE = Case("fault", tiles=2, images=1, prefix=2, boxes="overlapping")
 
 
 @pytest.fixture
 def planted(monkeypatch, tmp_path):
-    """Replaces a kernel's file by a copy with one expression changed."""
+    """Replaces a file's jit functions by those of a copy with one expression changed."""
 
     def plant(module, old: str, new: str) -> None:
         source = Path(module.__file__).read_text()
@@ -29,9 +29,9 @@ def planted(monkeypatch, tmp_path):
         changed = importlib.util.module_from_spec(specification)
         monkeypatch.setitem(sys.modules, "planted", changed)
         specification.loader.exec_module(changed)
-        for name in vars(changed):
-            if name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, getattr(changed, name))
+        for name, function in vars(changed).items():
+            if getattr(getattr(function, "fn", None), "__module__", "") == "planted":
+                monkeypatch.setattr(module, name, function)
 
     return plant
 
@@ -61,12 +61,15 @@ def test_crop_resize(planted, guards, old, new):  # noqa: F811
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        (forward, "tl.store(p_rows, fused.to", "tl.store(p_rows + token_width, fused.to"),  # one row too far
-        (forward, "tl.where(is_patch[:, None], x + gated", "tl.where(row[:, None] >= 0, x + gated"),  # prefix fused
-        (backward, "acc * factor * gelu_slope(z)", "acc * factor"),  # no slope
-        (backward, "tl.where(alpha == 0.0, 0.0, alpha * slope)", "slope"),  # the chain rule cut short
-        (backward, "total = tl.where(is_patch, grad + acc, grad)", "total = acc"),  # the residual lost
-        (backward, "(i_split + 1) * each, steps)", "(i_split + 1) * each - 1, steps)"),  # a step of the sum forgotten
+        (epilogue, "tl.store(p_rows, fused.to", "tl.store(p_rows + extent.num_columns, fused.to"),  # one row too far
+        (epilogue, "tl.where(is_patch[:, None], x + gated", "tl.where(row[:, None] >= 0, x + gated"),  # prefix fused
+        (epilogue, "acc * factor * gelu_slope(z)", "acc * factor"),  # no slope
+        (epilogue, "total = tl.where(is_patch, grad + acc, grad)", "total = acc"),  # the residual lost
+        (epilogue, "channel = column - args.token_columns", "channel = column"),  # dS in the place of dX
+        (pointwise, "tl.where(alpha == 0.0, 0.0, alpha * slope)", "slope"),  # the chain rule cut short
+        (gemm, "(i_split + 1) * each, steps)", "(i_split + 1) * each - 1, steps)"),  # a step of the sum forgotten
+        (gemm, "i_m, i_col + half, alpha", "i_m, i_col, alpha"),  # both groups of columns in one place
+        (gemm, "if a_2 is not None:", "if False:"),  # the second operand left out
     ],
 )
 def test_cvfm(planted, guards, module, old, new):  # noqa: F811

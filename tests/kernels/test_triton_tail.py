@@ -1,4 +1,4 @@
-"""Tiles of two blocks of rows (128 + 64 on a GPU), interpreted: fc1 and fc2 of every plan, and what is kept of them."""
+"""Tiles of two blocks of rows (128 + 64 on a GPU), interpreted: fc1 and fc2 of every plan, and what they save."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """The `triton` backend: the operation as fused kernels for NVIDIA GPUs; also runs under TRITON_INTERPRET=1.
 
-`launch` holds what the operators call, `forward`, `backward` and `crop_resize` the kernels, `primitives` what these
-share, and `configs` the tile shapes with the one predicate that says where each can run.
+`cvfm` is what the operators call: it composes a call from launches. `crop_resize`, `gemm` (with `epilogue`), `pointwise`
+and `single_pass` hold kernels, each with its launchers beneath; `primitives` has the device functions they share,
+`configs` the tile shapes, `host` descriptors and the launch itself. All but `configs` import Triton.
 """

@@ -1,18 +1,18 @@
 """Crop and resize: samples gathered from a map, and the transpose, in which each cell gathers from the samples.
 
-features [B, h, w, C] of any stride; boxes [T, 4] float32; samples [T, N, C]. Neither direction needs atomics: a sample
-has one writer, a cell has one writer, and a cell adds up its samples in a fixed order over tiles, rows and columns.
+features [B, h, w, C] of any strides; boxes [T, 4] float32; samples [T, N, C], N = G * G. Neither direction needs atomics:
+a sample has one writer, a cell has one writer, and a cell adds up its samples in a fixed order over tiles, rows, columns.
 
-The transpose reads three tables that `crop_tables_kernel` makes in one small launch from the forward pass's own taps:
+The transpose reads tables that `crop_tables_kernel` makes in one small launch, from the forward pass's own taps:
 
-    taps    [T, 2, G]     int32    lower tap of sample i along axis y (0) or x (1)
+    taps    [T, 2, G]     int32    lower tap of sample i along y (0) or x (1)
     weights [T, 2, G]     float32  the weight of the cell after it
     ranges  [T, 2, h + w] int32    first and past-the-last sample that reads a cell along y, then along x
 
-Strides and channels reach the kernels in units of VECTOR elements, the largest power of two up to 16 bytes that divides
-them all: the compiler then makes accesses of that size, of 2 to 16 bytes.
+A range is exact: taps never fall from one sample to the next, so it is the number of taps below a cell.
 
-Taps never fall from one sample to the next, so counting those below a cell gives its range exactly.
+Strides and channels reach the kernels in units of VECTOR elements, the largest power of two up to 16 bytes that divides
+them all; this tells the compiler that it may access so many elements at a time.
 """
 
 import math
@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fila_kernels.backends.triton.configs import Config, GatherConfig, Problem, power_of_two
-from fila_kernels.backends.triton.host import blocks, choose, run
+from fila_kernels.backends.triton import host
+from fila_kernels.backends.triton.configs import GatherConfig, Problem, power_of_two
+from fila_kernels.backends.triton.host import blocks
 from fila_kernels.backends.triton.primitives import axis_tap, bilinear, clamped_image, sample_taps, upper_tap
 from fila_kernels.call import UNMEASURED, Measured
 
@@ -36,7 +37,7 @@ def crop_resize_fwd_kernel(
     stride_b, stride_h, stride_w, stride_c, stride_out_t, stride_out_n,
     CHANNELS_FIRST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One block of samples, whatever their tiles, times one block of channels; channels go fastest."""
+    """One block of samples, of any tiles, by one block of channels; channels go fastest."""
     samples = size * size
     channels = channels * VECTOR
     blocks_c = tl.cdiv(channels, BLOCK_C)
@@ -131,13 +132,9 @@ def tap_weight(p_taps, p_weights, sample, cell, mask):
 def crop_resize_bwd_kernel(
     p_grad, p_taps, p_weights, p_ranges, p_order, p_bounds, p_alpha, p_out,
     height, width, channels, size, stride_t, stride_y, stride_x, stride_c,
-    GATED: tl.constexpr, ACCUMULATE: tl.constexpr, VECTOR: tl.constexpr, BLOCK_CELLS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One block of cells of one map times one block of channels: cells that no sample reads get their zero here.
-
-    ACCUMULATE adds to what is there, and neither reads nor writes cells that no sample reads.
-    """
+    """One block of cells of one map by one block of channels; cells that no sample reads get their zero here."""
     channels = channels * VECTOR
     blocks_c = tl.cdiv(channels, BLOCK_C)
     blocks_cells = tl.cdiv(height * width, BLOCK_CELLS)
@@ -151,7 +148,6 @@ def crop_resize_bwd_kernel(
     y = cell // width
     x = cell % width
     total = tl.zeros((BLOCK_CELLS, BLOCK_C), dtype=tl.float32)
-    written = in_map if not ACCUMULATE else cell < 0
     past = height + width  # from a cell's first sample to its last in `ranges`
     for slot in range(tl.load(p_bounds + i_b), tl.load(p_bounds + i_b + 1)):
         i_t = tl.load(p_order + slot).to(tl.int64)
@@ -162,8 +158,6 @@ def crop_resize_bwd_kernel(
         count_x = tl.load(p_range + past + height + x, mask=in_map, other=0) - first_x
         # A cell that no row or no column of samples reaches is left out of both loops.
         touched = (count_y > 0) & (count_x > 0)
-        if ACCUMULATE:
-            written |= touched
         most_y = tl.max(tl.where(touched, count_y, 0), 0)
         most_x = tl.max(tl.where(touched, count_x, 0), 0)
         p_axis = p_taps + i_t * 2 * size
@@ -181,24 +175,21 @@ def crop_resize_bwd_kernel(
                 p_samples = p_sample[:, None] + channel.to(tl.int64)[None, :] * stride_c
                 wanted = reads[:, None] & in_channels[None, :]
                 total += weight[:, None] * tl.load(p_samples, mask=wanted, other=0.0).to(tl.float32)
-    if GATED:
+    if p_alpha is not None:
         # A closed gate lets nothing through, not even 0 * NaN.
         total = tl.where(tl.load(p_alpha).to(tl.float32) == 0.0, 0.0, total)
     row = i_b.to(tl.int64) * height * width + cell
     p_cells = p_out + row[:, None] * channels + channel[None, :]
-    inside = written[:, None] & in_channels[None, :]
-    if ACCUMULATE:
-        total += tl.load(p_cells, mask=inside, other=0.0).to(tl.float32)
-    tl.store(p_cells, total.to(p_out.dtype.element_ty), mask=inside)
+    tl.store(p_cells, total.to(p_out.dtype.element_ty), mask=in_map[:, None] & in_channels[None, :])
 
 
 def vector_of(dtype: torch.dtype, channels: int, strides: tuple[int, ...], last: int) -> int:
-    """Elements of one access: as many as divide all of it, 16 bytes at the most; one where channels are not dense."""
+    """Elements of one access, at most 16 bytes, that divide the channels and all strides; 1 where channels are not dense."""
     return math.gcd(16 // dtype.itemsize, channels, *strides) if last == 1 else 1
 
 
 class Tables(NamedTuple):
-    """What `crop_tables_kernel` makes; the last three are empty without the transpose."""
+    """Made by `crop_tables_kernel`; the last three are empty unless the transpose is wanted."""
 
     taps: Tensor
     weights: Tensor
@@ -208,19 +199,18 @@ class Tables(NamedTuple):
 
 
 def crop_resize_fwd(
-    features: Tensor, boxes: Tensor, image_index: Tensor, size: int, out: Tensor, config: Config | None = None,
-    configs: Measured = UNMEASURED,
-) -> None:  # fmt: skip
-    """Samples into `out` [T, N, C], whose rows may lie anywhere but whose channels are dense."""
+    features: Tensor, boxes: Tensor, image_index: Tensor, size: int, out: Tensor, measured: Measured = UNMEASURED
+) -> None:
+    """Samples into `out` [T, N, C] of any outer strides."""
     images, height, width, channels = features.shape
     tiles, samples = boxes.shape[0], size * size
     problem = Problem("crop_resize", tiles * samples, channels, 0, features.dtype)
-    config = choose(problem, features.device, config, configs)
+    config = host.choose(problem, features.device, measured)
     assert isinstance(config, GatherConfig)
     *strides, last = features.stride()
     strides += [out.stride(0), out.stride(1)]
     vector = vector_of(features.dtype, channels, tuple(strides), last)
-    run(
+    host.run(
         crop_resize_fwd_kernel,
         (blocks(tiles * samples, config.block_rows) * blocks(channels, config.block_columns),),
         features, boxes.contiguous(), image_index.contiguous(), out,
@@ -233,7 +223,7 @@ def crop_resize_fwd(
 
 
 def crop_tables(boxes: Tensor, image_index: Tensor, size: int, maps: tuple[int, int, int], transpose: bool) -> Tables:
-    """Taps and weights of every sample; with `transpose` also what `crop_resize_bwd` needs."""
+    """Taps and weights of every sample; with `transpose` also the rest, which `crop_resize_bwd` reads."""
     images, height, width = maps
     tiles = boxes.shape[0]
 
@@ -245,7 +235,7 @@ def crop_tables(boxes: Tensor, image_index: Tensor, size: int, maps: tuple[int, 
         torch.empty((tiles, 2, size), dtype=torch.float32, device=boxes.device),
         integers(tiles, 2, height + width), integers(tiles), integers(images + 1),
     )  # fmt: skip
-    run(
+    host.run(
         crop_tables_kernel, (max(tiles, images + 1) if transpose else tiles, 2),
         boxes.contiguous(), image_index.contiguous(), *tables, tiles, images, height, width, size,
         TRANSPOSE=transpose, BLOCK_G=power_of_two(size), BLOCK_CELLS=64, BLOCK_T=128, num_warps=4, num_stages=1,
@@ -254,24 +244,46 @@ def crop_tables(boxes: Tensor, image_index: Tensor, size: int, maps: tuple[int, 
 
 
 def crop_resize_bwd(
-    grad: Tensor, tables: Tables, size: int, out: Tensor, alpha: Tensor | None = None, accumulate: bool = False,
-    config: Config | None = None, configs: Measured = UNMEASURED,
-) -> None:  # fmt: skip
-    """Samples' gradients [T, size, size, C] of any stride into the dense map `out` [B, h, w, C], or added to it.
+    grad: Tensor, tables: Tables, size: int, out: Tensor, alpha: Tensor | None = None, measured: Measured = UNMEASURED
+) -> None:
+    """Samples' gradients [T, size, size, C] of any strides into the dense map `out` [B, h, w, C].
 
-    With `alpha`, a gate of zero makes the sum zero.
+    With `alpha`, a gate of zero makes the result zero.
     """
     images, height, width, channels = out.shape
     *strides, last = grad.stride()
     vector = vector_of(grad.dtype, channels, tuple(strides), last)
     problem = Problem("crop_resize_backward", images * height * width, channels, 0, out.dtype)
-    config = choose(problem, out.device, config, configs)
+    config = host.choose(problem, out.device, measured)
     assert isinstance(config, GatherConfig)
-    run(
+    host.run(
         crop_resize_bwd_kernel,
         (images * blocks(height * width, config.block_rows) * blocks(channels, config.block_columns),),
         grad, *tables, alpha, out, height, width, channels // vector, size, *(n // vector for n in strides), last,
-        GATED=alpha is not None, ACCUMULATE=accumulate, VECTOR=vector,
-        BLOCK_CELLS=config.block_rows, BLOCK_C=config.block_columns,
+        VECTOR=vector, BLOCK_CELLS=config.block_rows, BLOCK_C=config.block_columns,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int) -> Tensor:
+    """Crops each box from its image's map and resizes it: [B, h, w, C] of any strides to [T, size, size, C].
+
+    Args:
+        features: channels-last; a map with channels first is read as it is, lanes along x.
+        boxes: [T, 4] float32 y0, x0, y1, x1 in cells.
+        image_index: [T] int32 or int64; an index that names no image is clamped.
+        size: samples per side.
+    """
+    out = features.new_empty((boxes.shape[0], size, size, features.shape[3]))
+    with host.device_guard(features.device):
+        crop_resize_fwd(features, boxes, image_index, size, out.flatten(1, 2))
+    return out
+
+
+def crop_resize_backward(grad: Tensor, boxes: Tensor, image_index: Tensor, maps: tuple[int, int, int]) -> Tensor:
+    """The transpose: [T, size, size, C] of any strides to a dense [B, h, w, C], for `maps` = (B, h, w)."""
+    out = grad.new_empty((*maps, grad.shape[3]))
+    with host.device_guard(grad.device):
+        tables = crop_tables(boxes, image_index, grad.shape[1], maps, True)
+        crop_resize_bwd(grad, tables, grad.shape[1], out)
+    return out
