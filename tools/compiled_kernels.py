@@ -130,7 +130,7 @@ def compiling(
         found.append(kernel_found)
 
     with (
-        mock.patch.object(configs, "device_of", lambda _: device),
+        mock.patch.object(configs, "device_of", return_value=device),
         mock.patch.object(host, "choose", remember),
         mock.patch.object(host, "run", compile_instead),
     ):

@@ -80,7 +80,7 @@ class Problem:
     def vectorised(self) -> bool:
         """Whether pointers load 16 bytes per access: Triton sees that a size is a multiple of 16, and nothing less.
 
-        The sizes are those along which memory is dense: rows and columns of a weight's gradient, else columns and depth.
+        The sizes are those along which memory is dense: rows and columns of a weight's gradient, else columns, depth.
         """
         dense = (self.m, self.n) if self.kernel == "weight_gradient" else (self.n, self.k)
         return self.aligned and not any(size % 16 for size in dense)
@@ -100,10 +100,12 @@ class GatherConfig:
 class GemmConfig:
     """A tile of the product, and how it is fed.
 
-    tma: operands come through tensor descriptors. persistent: as many programs as run at a time, which go from tile to
-    tile. split_epilogue: the columns leave in so many groups, which saves registers. split_k: the depth is cut into so
-    many parts, whose sums are added in a fixed order. tail_m: rows of a second accumulator, for tiles whose height is no
-    power of two. warp_specialize: one warp loads and one issues products.
+    tma: operands come through tensor descriptors.
+    persistent: as many programs as run at a time, which go from tile to tile.
+    split_epilogue: the columns leave in so many groups, which saves registers.
+    split_k: the depth is cut into so many parts, whose sums are added in a fixed order.
+    tail_m: rows of a second accumulator, for tiles whose height is no power of two.
+    warp_specialize: one warp loads and one issues products.
     """
 
     block_m: int

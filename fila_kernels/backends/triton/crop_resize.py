@@ -1,7 +1,7 @@
 """Crop and resize: samples gathered from a map, and the transpose, in which each cell gathers from the samples.
 
-features [B, h, w, C] of any strides; boxes [T, 4] float32; samples [T, N, C], N = G * G. Neither direction needs atomics:
-a sample has one writer, a cell has one writer, and a cell adds up its samples in a fixed order over tiles, rows, columns.
+features [B, h, w, C] of any strides; boxes [T, 4] float32; samples [T, N, C], N = G * G. Neither direction needs
+atomics: a sample has one writer, a cell has one writer, and a cell adds up its samples in a fixed order.
 
 The transpose reads tables that `crop_tables_kernel` makes in one small launch, from the forward pass's own taps:
 
@@ -184,7 +184,7 @@ def crop_resize_bwd_kernel(
 
 
 def vector_of(dtype: torch.dtype, channels: int, strides: tuple[int, ...], last: int) -> int:
-    """Elements of one access, at most 16 bytes, that divide the channels and all strides; 1 where channels are not dense."""
+    """Elements per access, at most 16 bytes, that divide channels and strides; 1 where channels are not dense."""
     return math.gcd(16 // dtype.itemsize, channels, *strides) if last == 1 else 1
 
 

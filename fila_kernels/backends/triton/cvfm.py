@@ -1,7 +1,7 @@
-"""The operation by Triton kernels: which launches each plan and each wanted gradient takes, every buffer allocated here.
+"""Composes the operation from launches: those that each plan and each wanted gradient takes; allocates every buffer.
 
-T tiles, P prefix tokens, N patch tokens, L = P + N; widths D, C, H. Scratch is [T, L, width], which is how products run;
-what is saved for the backward pass has a row for each of the T * N samples.
+T tiles, P prefix tokens, N patch tokens, L = P + N; widths D, C, H. Scratch is [T, L, width], the rows products run
+over; what is saved for the backward pass has a row for each of the T * N samples.
 """
 
 import torch

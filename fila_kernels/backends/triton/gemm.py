@@ -21,7 +21,6 @@ computed. Tokens and their gradient may have any outer strides, all others are d
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -209,12 +208,12 @@ def _constants(config: GemmConfig, precision: str) -> dict[str, Any]:
 
 
 class Product:
-    """A launch of `gemm_kernel`: its config, and from that how many blocks of rows and tiles there are to sum over."""
+    """A launch of `gemm_kernel`; its config is chosen first, since the sizes of partial sums depend on it."""
 
     def __init__(self, call: Call, kernel: str, pairs: list[tuple[Tensor, Tensor]], transposed: bool) -> None:
-        """`pairs`: rows [T, L, depth] of any outer strides, and their weight, [n, depth] if transposed, else [depth, n].
+        """Chooses the config for a sum of products.
 
-        The pairs' products are added up.
+        Each pair is rows [T, L, depth] of any outer strides and a weight, [n, depth] if transposed, else [depth, n].
         """
         (tiles, length, _), dtype = pairs[0][0].shape, pairs[0][0].dtype
         self.call, self.pairs, self.transposed = call, pairs, transposed
@@ -235,7 +234,7 @@ class Product:
     def row_blocks(self) -> int:
         return blocks(self.problem.m, self.config.rows)
 
-    def launch(self, finish: Any, args: tuple, tile_sums: Tensor | None = None, if_closed: bool = False) -> None:
+    def launch(self, with_epilogue: Any, args: tuple, tile_sums: Tensor | None = None, if_closed: bool = False) -> None:
         """One program per tile or, with a persistent config, as many as run at a time."""
         config = self.config
         programs = configs.programs(config, self.problem, configs.device_of(self.device))
@@ -253,7 +252,7 @@ class Product:
         operands += [None] * (8 - len(operands))
         host.run(
             gemm_kernel, (programs,), *operands, self.call.alpha, tile_sums, self.extent, args,
-            EPILOGUE=finish, TRANSPOSED=self.transposed, IF_CLOSED=if_closed, TAIL_M=config.tail_m,
+            EPILOGUE=with_epilogue, TRANSPOSED=self.transposed, IF_CLOSED=if_closed, TAIL_M=config.tail_m,
             **_constants(config, host.precision(self.problem.dtype)),
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The host side that all launchers share: the config of a launch, descriptors, rows as matrices, and the launch itself."""
+"""The host side that all launchers share: a launch's config, descriptors, rows as matrices, and the launch itself."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache

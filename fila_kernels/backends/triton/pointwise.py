@@ -4,8 +4,8 @@
     dM = dY                                scale gate; its factor tanh(alpha) goes onto what is made of dM
     A = gelu(Z)
 
-Rows count all T * L tokens; those of prefix tokens are zero in dM and A. Sums over rows go through partial sums with
-one writer each, which `reduce_kernel` adds up in their order: the same bits at every run, and no atomics. A gate of zero
+Rows count all T * L tokens; those of prefix tokens are zero in dM. Sums over rows go through partial sums with one
+writer each, which `reduce_kernel` adds up in their order: no atomics, and the same bits at every run. A gate of zero
 lets nothing through, not even 0 * NaN: every gradient of the branch is then exactly zero.
 """
 

@@ -1,7 +1,7 @@
 """Device functions that several kernels share: taps and interpolation, rows of tokens, GELU, the gate.
 
-T tiles, P prefix tokens, N = G * G patch tokens per tile, L = P + N; widths D, C and H. A *row* counts all T * L tokens,
-a *sample* counts the T * N patch tokens alone. Pointers are `p_`, loaded blocks `b_`, indices of programs `i_`.
+T tiles, P prefix tokens, N = G * G patch tokens per tile, L = P + N; widths D, C, H. A *row* counts all T * L tokens, a
+*sample* the T * N patch tokens alone. Pointers are `p_`, loaded blocks `b_`, indices of programs and blocks `i_`.
 
 Every value is widened to float32 right after its load, and all arithmetic is in float32; taps are found in float64.
 """

@@ -1,7 +1,7 @@
 """The whole forward pass in one kernel: crop, resize, both layers, gate and residual, with nothing in between stored.
 
-A program owns BLOCK_M rows. Its accumulator holds the whole hidden width, so that Z is one accumulator and A one operand
-of the second product; widths end at `call.TRITON_SINGLE_PASS_WIDTH`. A row block samples each channel once.
+A program owns BLOCK_M rows. Its accumulator holds the whole hidden width, so that Z is one accumulator and A one
+operand of the second product; widths end at `call.TRITON_SINGLE_PASS_WIDTH`. Each row samples each channel once.
 """
 
 import triton
