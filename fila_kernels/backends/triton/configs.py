@@ -220,13 +220,13 @@ def supports(config: Config, problem: Problem, device: Device) -> bool:
     if config.tma and (single_pass or not problem.aligned or not device.copies_tiles or max(sizes) > 256):
         return False
     if config.tail_m and not (
-        # Two accumulators share one operand from shared memory: Triton feeds them so on compute capability 9 alone.
+        # Tried on compute capability 9 alone.
         (problem.kernel in TAILED and config.tma and device.capability[0] == 9)
         and (_is_power_of_two(config.tail_m) and 16 <= config.tail_m < config.block_m)
     ):
         return False
     if config.warp_specialize and not (
-        # Other shapes compile to a kernel that traps.
+        # Some other shapes compile to a kernel that only traps.
         config.tma and device.capability[0] == 10 and config.num_warps == 8 and config.block_m == 128
     ):
         return False
@@ -257,8 +257,8 @@ def _listed(problem: Problem, device: Device) -> list[Config]:
 def _single_pass(problem: Problem, device: Device) -> list[GemmConfig]:
     """Rows, most first, whose accumulator leaves registers for addresses; a pipeline before none.
 
-    Tensor cores that multiply from registers, and IEEE float32, have room for half of it. At widths above 256 a
-    Hopper's warps have no registers left for a pipeline.
+    Tensor cores that multiply from registers leave room for half of it, float32 for less. A Hopper's accumulator of
+    64 rows by more than 256 columns leaves no registers for a pipeline.
     """
     if problem.dtype == torch.float32:
         return [GemmConfig(16, 16, 32, 8, stages) for stages in (2, 1)]

@@ -167,16 +167,15 @@ def hidden_grad(acc, row, i_m, i_col, alpha, extent, args):
     # Under a closed gate, and on rows that are no patch tokens, acc may hold anything: none of it is used.
     counts = tl.where(inside, alpha, 0.0) != 0.0
     dot = tl.sum(tl.where(counts, acc * activated, 0.0), 1)
+    offsets = (row.to(tl.int64) * extent.num_columns)[:, None] + column[None, :]
     if args.p_activated is not None:
-        p_rows = at(args.p_activated, row, extent.num_columns, column)
-        tl.store(p_rows, activated.to(args.p_activated.dtype.element_ty), mask=written)
+        tl.store(args.p_activated + offsets, activated.to(args.p_activated.dtype.element_ty), mask=written)
     factor = 1.0 if args.PRODUCT else tanh(alpha)
     grad = tl.where(counts, acc * factor * gelu_slope(z), 0.0)
     if args.p_bias_sums is not None:
         tl.store(args.p_bias_sums + i_m * extent.num_columns + column, tl.sum(grad, 0), mask=in_columns)
     if args.p_hidden_grad is not None:
-        p_rows = at(args.p_hidden_grad, row, extent.num_columns, column)
-        tl.store(p_rows, grad.to(args.p_hidden_grad.dtype.element_ty), mask=written)
+        tl.store(args.p_hidden_grad + offsets, grad.to(args.p_hidden_grad.dtype.element_ty), mask=written)
     return dot
 
 

@@ -85,8 +85,8 @@ def gelu_fwd_kernel(
     _, _, sample, is_patch = token_rows(row, num_rows, length, prefix)
     inside = is_patch[:, None] & in_columns[None, :]
     z = tl.load(at(p_hidden, sample, hidden_width, column), mask=inside, other=0.0).to(tl.float32)
-    written = (row < num_rows)[:, None] & in_columns[None, :]
-    tl.store(at(p_activated, row, hidden_width, column), gelu(z).to(p_activated.dtype.element_ty), mask=written)
+    p_rows = at(p_activated, row, hidden_width, column)
+    tl.store(p_rows, gelu(z).to(p_activated.dtype.element_ty), mask=(row < num_rows)[:, None] & in_columns[None, :])
 
 
 @triton.jit
