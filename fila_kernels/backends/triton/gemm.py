@@ -10,9 +10,9 @@
     X, out [T, L, D];  S [T, L, C];  Z, M [T * N, H or D];  A, dZ [T, L, H];  W1 = [W1x ; W1s] [H, D + C];  W2 [D, H]
 
 T tiles, P prefix tokens, N patch tokens, L = P + N. The first four multiply rows by a weight and are one kernel,
-`gemm_kernel`, to which the epilogue (`epilogue.py`) is an argument. They run over all T * L rows, since the patch tokens
-alone are no matrix inside tokens [T, L, D]. A weight's gradient sums over rows, prefix tokens left out, and has
-`weight_grad_kernel`.
+`gemm_kernel`, which gets its epilogue (`epilogue.py`) as an argument. They run over all T * L rows, since the patch
+tokens alone are no matrix inside tokens [T, L, D]. A weight's gradient sums over rows, prefix tokens left out, and has
+a kernel of its own, `weight_grad_kernel`.
 
 Operands come through tensor descriptors, which the copy engine (TMA) reads, or through pointers with masks. A tile has
 BLOCK_M rows, a power of two, and TAIL_M more in a second accumulator.
