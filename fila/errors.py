@@ -1,4 +1,4 @@
-"""Puts errors into one line, and tells memory running out from other errors."""
+"""The errors about pictures; puts errors into one line, and tells memory running out from other errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +7,14 @@ import torch
 
 # Allocators' own words: torch has an error class for accelerators only, and not for every way of running out.
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the message names it, what was expected and what came."""
+
+
+class ImageWarning(UserWarning):
+    """A picture that can be used, though not all of it was."""
 
 
 def one_line(error: object) -> str:

@@ -1,13 +1,15 @@
-"""Reads one picture from any source into 8-bit RGB, once; bad and unusual input is handled here and nowhere else.
+"""Reads one picture from any source into 8-bit RGB, once; bad and unusual input is refused or read right here.
 
 The steps, each before those that depend on it:
 
-    header      format and size are checked before any pixel is decoded; a picture too large is refused here
+    header      format and size are checked before any pixel is decoded (`fila.image_files`); a picture too large is
+                refused here, and so is a file that is known to be cut, or to take very long
+    samples     what white is and which colour is transparent: the file says so, not the mode (`fila.image_samples`)
     frames      the first one of an animation or of several pages is used, with a note
     decoding    reads to the last byte, so that a truncated file is an error and not a grey area
-    EXIF        rotation is applied, so that height and width are those a person sees
-    depth       16 bits are scaled to 8
+    depth       any other is scaled to 8 bits
     alpha       transparency is laid over white, the colour of paper
+    EXIF        rotation is applied, so that height and width are those a person sees
 
 A picture that cannot be used is an `ImageError`, whose message names the picture, what was expected and what came.
 """
@@ -20,26 +22,41 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 
+from fila.errors import ImageError, ImageWarning
 from fila.geometry import Geometry, Layout
+from fila.image_files import check_size, open_file, read_whole, trusting_no_settings
+from fila.image_samples import Samples, low_bytes, read_all, scaled, to_rgb
+
+__all__ = [
+    "MAX_IMAGE_SIDE",
+    "ImageError",
+    "ImageSource",
+    "ImageWarning",
+    "Picture",
+    "load_image",
+    "load_picture",
+    "read_picture",
+]
 
 MAX_IMAGE_SIDE = 10_000
-# Rasters only. Pillow would also open PostScript (by running an interpreter on it) and dozens of formats nobody sends.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 CHANNEL_ORDERS = ("channels_first", "channels_last")
+CHANNELS = (1, 2, 3, 4)
 EXIF_ORIENTATION = 0x0112
-
-
-class ImageError(ValueError):
-    """A picture that cannot be used; the message names it, what was expected and what came."""
-
-
-class ImageWarning(UserWarning):
-    """A picture that can be used, though not all of it was."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass
@@ -80,37 +97,38 @@ def read_picture(
     Args:
         source: a path, a `data:` URL, the bytes of a file, a binary file object, a PIL image, or an array or tensor of
             uint8, uint16 or floats in 0..1, [height, width] or with 1 to 4 channels (grey, grey + alpha, RGB, RGBA).
-        input_data_format: "channels_first" or "channels_last"; needed for arrays of three dimensions, where a guess
-            could turn a narrow picture on its side in silence.
+            A PIL image that was decoded or copied is taken in the value range of its mode: only the file says more.
+        input_data_format: "channels_first" or "channels_last"; needed for arrays of three dimensions of which both the
+            first and the last could be channels, where a guess could turn a narrow picture on its side in silence.
         max_side: largest height and width accepted, pixels.
         name: the picture's name in messages; by default its path or its kind.
 
     Returns:
-        The picture. Transparency lies over white, 16 bits are scaled to 8, CMYK and palettes are converted. Of several
-        frames the first is used, and a note says so.
+        The picture. Transparency lies over white, any depth is scaled to 8 bits, CMYK and palettes are converted. Of
+        several frames the first is used, and a note says so.
 
     Raises:
         ImageError: if the picture is too large, empty, truncated, in another format, or not a picture at all.
 
     Example:
-        >>> read_picture(np.zeros((4, 6, 3), np.uint8), input_data_format="channels_last").image.size
+        >>> read_picture(np.zeros((4, 6, 3), np.uint8)).image.size
         (6, 4)
     """
     if isinstance(source, Picture):
-        _check_size(source.image.height, source.image.width, max_side, source.name)
+        check_size(source.image.height, source.image.width, max_side, source.name)
         return source
     if isinstance(source, (np.ndarray, torch.Tensor)):
         name = name or f"{type(source).__name__} of shape {tuple(source.shape)}"
-        return Picture(_over_white(_from_array(source, input_data_format, max_side, name), name), name)
+        return Picture(to_rgb(_from_array(source, input_data_format, max_side, name), Samples(), name), name)
     if isinstance(source, Image.Image):
         name = name or f"PIL image of mode {source.mode}"
-        _check_size(source.height, source.width, max_side, name)
-        return _finish(source, name)
+        check_size(source.height, source.width, max_side, name)
+        with trusting_no_settings(max_side):
+            return _finish(source, name)
 
     file, name = _as_file(source, name)
     try:
-        with _open(file, name) as image:
-            _check_size(image.height, image.width, max_side, name)
+        with trusting_no_settings(max_side), open_file(file, name, max_side) as image:
             return _finish(image, name)
     finally:
         if file is not source:
@@ -130,7 +148,7 @@ def load_image(source: ImageSource, **options: Any) -> Image.Image:
     """The PIL image of `load_picture`; `options` are the keyword arguments of `read_picture`.
 
     Example:
-        >>> load_image(np.zeros((4, 6, 3), np.uint8), input_data_format="channels_last").size
+        >>> load_image(np.zeros((4, 6, 3), np.uint8)).size
         (6, 4)
     """
     return load_picture(source, **options).image
@@ -138,18 +156,21 @@ def load_image(source: ImageSource, **options: Any) -> Image.Image:
 
 def _as_file(source: Any, name: str | None) -> tuple[IO[bytes], str]:
     """An open, seekable binary file for a path, a `data:` URL, bytes or a file object, and its name for messages."""
-    if isinstance(source, str) and source.startswith("data:"):
-        try:
-            return io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True)), name or "data: URL"
-        except binascii.Error as error:
-            raise ImageError(f"{name or 'data: URL'}: expected base64, got {error}") from error
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return io.BytesIO(_from_data_url(source, name or "data: URL")), name or "data: URL"
+    if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
         raise ImageError(f"{name or source}: expected a file, got a URL; nothing is fetched from the network here")
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
         name = name or (path if len(path) <= 200 else path[:200] + "...")
         try:
-            return Path(path).open("rb"), name
+            file = Path(path).open("rb")  # noqa: SIM115 (the caller closes it)
+            if file.seekable():
+                return file, name
+            with file:
+                return read_whole(file, name), name
+        except ImageError:
+            raise
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             reason = getattr(error, "strerror", None) or str(error)
             raise ImageError(f"{name}: expected a picture file, got: {reason}") from error
@@ -160,7 +181,9 @@ def _as_file(source: Any, name: str | None) -> tuple[IO[bytes], str]:
         try:
             if hasattr(source, "seekable") and source.seekable():
                 return source, name
-            return io.BytesIO(source.read()), name  # a pipe; Pillow has to go back and forth
+            return read_whole(source, name), name  # a pipe; Pillow has to go back and forth
+        except ImageError:
+            raise
         except Exception as error:  # closed, failing, or of text
             raise ImageError(f"{name}: expected a binary file that can be read, got: {error}") from error
     raise ImageError(
@@ -169,111 +192,80 @@ def _as_file(source: Any, name: str | None) -> tuple[IO[bytes], str]:
     )
 
 
-def _open(file: IO[bytes], name: str) -> Image.Image:
-    """Reads the header only."""
-    Image.init()
+def _from_data_url(url: str, name: str) -> bytes:
+    """What a `data:` URL holds (RFC 2397); base64 may be broken into lines and go without its padding."""
+    header, comma, body = url.partition(",")
+    if not comma:
+        raise ImageError(f"{name}: expected data:TYPE;base64,DATA, got no comma")
+    data = unquote_to_bytes(body) if "%" in body or not header.lower().rstrip().endswith(";base64") else body.encode()
+    if not header.lower().rstrip().endswith(";base64"):
+        return data
+    data = b"".join(data.split()).rstrip(b"=")
     try:
-        with warnings.catch_warnings():
-            # Pillow's own limit on the area warns below ours; the sides are checked right after.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: expected at most {MAX_IMAGE_SIDE} pixels a side, got more: {error}") from error
-    except Image.UnidentifiedImageError as error:
-        file.seek(0)
-        got = "an empty file" if not file.read(1) else "something else, or a damaged header"
-        raise ImageError(f"{name}: expected a picture ({', '.join(FORMATS)}), got {got}") from error
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        raise ImageError(f"{name}: expected a picture, its header cannot be read: {error}") from error
-
-
-def _check_size(height: int, width: int, max_side: int, name: str) -> None:
-    if height < 1 or width < 1:
-        raise ImageError(f"{name}: expected at least 1x1 pixels, got {height}x{width}")
-    if height > max_side or width > max_side:
-        raise ImageError(
-            f"{name}: expected at most {max_side}x{max_side} pixels, got {height}x{width} (height x width)"
-        )
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except binascii.Error as error:
+        raise ImageError(f"{name}: expected base64, got {error}") from error
 
 
 def _finish(image: Image.Image, name: str) -> Picture:
-    """Decodes the first frame, turns it upright, and converts it to RGB over white."""
+    """Decodes the first frame, converts it to RGB over white, and turns it upright."""
+    low = None
     try:
-        if image.tell():
-            image.seek(0)
+        _rewind(image)
+        samples = Samples.of(image)
+        # Pillow keeps 8 bits of each, too few to find a colour of 16.
+        again = read_all(image.fp) if samples.transparent and _is_rgb_of_16_bits(image) else None  # type: ignore[attr-defined]
         image.load()
+        if again is not None:
+            low = low_bytes(again)
+    except MemoryError:
+        raise
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
     except Exception as error:
-        raise ImageError(f"{name}: expected a complete picture, decoding failed: {error}") from error
-    notes: list[str] = []
-    frame = image
+        raise ImageError(
+            f"{name}: expected a complete picture, decoding failed: {error or type(error).__name__}"
+        ) from error
+    # Converted before it is turned: a transparent colour is looked for where it is.
+    frame = to_rgb(image, samples, name, low)
+    notes = []
     try:
-        # Looked up first, since the transposition copies the picture even where there is nothing to turn.
-        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            frame = ImageOps.exif_transpose(image)
+        turn = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception as error:
+        turn = None
         notes.append(f"{name}: its EXIF data cannot be read, it is not rotated: {error}")
+    if turn is not None:
+        frame = frame.transpose(turn)
+        frame.info = {}  # read again, it must not be turned again
     if frame is image and isinstance(image, ImageFile.ImageFile):
         frame = image.copy()  # lets go of the file, and of the frames behind the first
     if _has_more_frames(image):
         notes.append(f"{name}: holds several frames, only the first is used")
-    return Picture(_over_white(frame, name), name, tuple(notes))
+    return Picture(frame, name, tuple(notes))
+
+
+def _rewind(image: Image.Image) -> None:
+    try:
+        if image.tell():
+            image.seek(0)
+    except AttributeError:
+        pass  # copied or pickled: decoded, and without a file to go back in
+
+
+def _is_rgb_of_16_bits(image: Image.Image) -> bool:
+    tiles = getattr(image, "tile", None) or []
+    return any(tile[3] == "RGB;16B" for tile in tiles)
 
 
 def _has_more_frames(image: Image.Image) -> bool:
-    # MPO is what many phones write for a single photograph: the further frames are previews of it.
+    # MPO is what many phones write for a single photograph: the further frames are previews of it. Ours are opened as
+    # plain JPEG, other people's come as what Pillow takes them for.
     if image.format == "MPO":
         return False
     try:
         return getattr(image, "is_animated", False)  # looks one frame ahead; counting all would read the whole file
     except Exception:
         return True  # something follows that cannot be read
-
-
-def _over_white(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bit(image, name)
-    try:
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            image = Image.new("RGB", image.size, "white")
-            image.paste(rgba, mask=rgba.getchannel("A"))
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except (ValueError, OSError) as error:
-        raise ImageError(f"{name}: expected colours that convert to RGB, got mode {image.mode}: {error}") from error
-
-
-def _to_8_bit(image: Image.Image, name: str) -> Image.Image:
-    """Grey of 16 or 32 bits, or of floats, to 8 bits; a transparent grey value becomes white."""
-    values = np.asarray(image)
-    grey = _scaled(values.astype(np.uint16) if _fits_16_bit(values) else values, name)
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        grey[values == transparent] = 255
-    return Image.fromarray(grey)
-
-
-def _fits_16_bit(values: np.ndarray) -> bool:
-    # Pillow's mode "I" is 32 bits wide, but holds what was 16 bits in the file.
-    return values.dtype.kind in "iu" and values.min() >= 0 and values.max() <= 65535
-
-
-def _scaled(values: np.ndarray, name: str) -> np.ndarray:
-    """uint8 as it is, uint16 from 0..65535 and floats from 0..1 to uint8, rounded to nearest."""
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == np.uint16:
-        if 0 < values.max() <= 255:  # 8 bits in a wider type; scaled they would all be black
-            raise ImageError(
-                f"{name}: expected 16-bit values in 0..65535, got at most {values.max()}: convert to L (8 bits)"
-            )
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if values.dtype.kind != "f":
-        found = f"{values.dtype} in {values.min()}..{values.max()}" if values.dtype.kind in "iu" else str(values.dtype)
-        raise ImageError(f"{name}: expected uint8, uint16 or floats in 0..1, got {found}")
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 1):  # so that NaN fails too
-        raise ImageError(f"{name}: expected floats in 0..1, got values from {low:g} to {high:g}")
-    return np.rint(values * 255).astype(np.uint8)
 
 
 def _from_array(array: np.ndarray | torch.Tensor, order: str | None, max_side: int, name: str) -> Image.Image:
@@ -288,13 +280,27 @@ def _from_array(array: np.ndarray | torch.Tensor, order: str | None, max_side: i
     if array.ndim not in (2, 3):
         raise ImageError(f"{name}: expected [height, width] or three dimensions, got {array.ndim}")
     if array.ndim == 3:
-        if order not in CHANNEL_ORDERS:
-            raise ImageError(
-                f"{name}: expected input_data_format to say {' or '.join(map(repr, CHANNEL_ORDERS))}, got {order!r}"
-            )
-        array = np.moveaxis(array, 0, -1) if order == "channels_first" else array
-        if array.shape[2] not in (1, 2, 3, 4):
+        if _channel_order(array.shape, order, name) == "channels_first":
+            array = np.moveaxis(array, 0, -1)
+        if array.shape[2] not in CHANNELS:
             raise ImageError(f"{name}: expected 1 to 4 channels in order {order}, got {array.shape[2]}")
         array = array[..., 0] if array.shape[2] == 1 else array
-    _check_size(array.shape[0], array.shape[1], max_side, name)
-    return Image.fromarray(np.ascontiguousarray(_scaled(array, name)))
+    check_size(array.shape[0], array.shape[1], max_side, name)
+    return Image.fromarray(np.ascontiguousarray(scaled(array, name)))
+
+
+def _channel_order(shape: tuple[int, ...], order: str | None, name: str) -> str:
+    """The order stated, or else the only one that the shape allows."""
+    if order is not None:
+        possible = [order] if order in CHANNEL_ORDERS else []
+    else:
+        possible = [
+            found for found, count in zip(CHANNEL_ORDERS, (shape[0], shape[2]), strict=True) if count in CHANNELS
+        ]
+        if not possible:
+            raise ImageError(f"{name}: expected 1 to 4 channels in the first or last dimension, got {tuple(shape)}")
+    if len(possible) != 1:
+        raise ImageError(
+            f"{name}: expected input_data_format to say {' or '.join(map(repr, CHANNEL_ORDERS))}, got {order!r}"
+        )
+    return possible[0]

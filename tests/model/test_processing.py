@@ -120,6 +120,8 @@ def test_pictures_come_as_paths_bytes_and_arrays(processor: FilaProcessor, tmp_p
         (path, {}),
         (str(path), {}),
         ([file.getvalue()], {}),
+        (array, {}),
+        (torch.tensor(array).permute(2, 0, 1), {}),
         (array, {"input_data_format": "channels_last"}),
         (array[None], {"images_kwargs": {"input_data_format": "channels_last"}}),
         (torch.tensor(array).permute(2, 0, 1), {"input_data_format": "channels_first"}),
@@ -127,7 +129,7 @@ def test_pictures_come_as_paths_bytes_and_arrays(processor: FilaProcessor, tmp_p
         data = processor(images=source, text="<image>", return_tensors="pt", **options)
         assert all(torch.equal(data[name], expected[name]) for name in expected)
     with pytest.raises(ImageError, match="input_data_format"):
-        processor(images=array, text="<image>")
+        processor(images=array[:3], text="<image>")
     with pytest.raises(ImageError, match="expected a picture"):
         processor(images=b"nonsense", text="<image>")
 
