@@ -4,7 +4,7 @@
 
 Only this GPU's architecture, so that it takes a minute or two; a build that was cut off goes on where it stopped. Where
 nvcc or the headers of CUTLASS (CUTLASS_PATH, else the package nvidia-cutlass) are missing it says so and exits with 69:
-the backend `cuda` is then left out.
+the backend `native` is then left out.
 """
 
 import os
@@ -45,9 +45,9 @@ def main() -> int:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     status = subprocess.run(command, cwd=ROOT, env=os.environ | variables, check=False).returncode
     if status == 0:
-        from fila_kernels import native
+        from fila_kernels.backends.native import library
 
-        print(native.describe_cuda())
+        print(library.describe_cuda())
     return status
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 Row = dict[str, str]
 Rows = dict[tuple[str, str, str, str], Row]  # (operation, case, direction, variant)
-OWN = ("torch", "triton", "cuda")
+OWN = ("eager", "native", "triton", "torch", "cuda")  # the last two in rows from before the backends were renamed
 COMPILED = ("compile", "compile_no_graphs", "compile_tapped")
 STAGES = (1, 2, 3, 4)
 MANY = (8, 32)

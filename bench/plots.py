@@ -15,7 +15,8 @@ from bench.run import FILES, Row, by_case
 
 WORDS = {
     "tuned_eager": "tuned eager (E1)", "naive_eager": "naive eager (E0)", "compile": "torch.compile (C)",
-    "library": "library calls (L)", "torch": "fila_kernels, torch", "triton": "fila_kernels, triton",
+    "library": "library calls (L)", "torch": "fila_kernels, torch", "native": "fila_kernels, native",
+    "eager": "fila_kernels, eager", "triton": "fila_kernels, triton",
 }  # fmt: skip
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 

@@ -3,7 +3,7 @@
     python -m bench.sanitize memcheck|racecheck|initcheck
 
 Every kernel runs forward and backward on aligned and odd sizes, each tensor in an allocation of its own. Where
-compute-sanitizer or the backend `cuda` is missing it says so and exits with 69. memcheck and racecheck look at our
+compute-sanitizer or the backend `native` is missing it says so and exits with 69. memcheck and racecheck look at our
 kernels; initcheck has to see every write, so it looks at all, and runs only what reads nothing that a library computed.
 """
 
@@ -68,7 +68,7 @@ def plans(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[str]:
     """The plans that the backend has for a shape on this GPU."""
     for plan in ("sample_first", "project_first", "single_pass"):
         try:
-            dispatch.resolve("cuda", plan, torch.device("cuda", 0), dtype, (shape[3], shape[4]))
+            dispatch.resolve("native", plan, torch.device("cuda", 0), dtype, (shape[3], shape[4]))
         except RuntimeError:
             continue
         yield plan
@@ -93,12 +93,12 @@ def run(tool: str) -> int:
                 if tool != "initcheck":
                     leaves = {n: t.requires_grad_() if t.is_floating_point() and n != "boxes" else t
                               for n, t in inputs(shape, dtype, prefix(tool)).items()}  # fmt: skip
-                    cvfm(**leaves, num_prefix_tokens=prefix(tool), plan=plan, backend="cuda").float().sum().backward()
+                    cvfm(**leaves, num_prefix_tokens=prefix(tool), plan=plan, backend="native").float().sum().backward()
                     calls += 2
                 elif plan != "project_first" and dtype != torch.float32:
-                    cvfm(**arguments, num_prefix_tokens=prefix(tool), plan=plan, backend="cuda")
+                    cvfm(**arguments, num_prefix_tokens=prefix(tool), plan=plan, backend="native")
                     calls += 1
-    crop_resize(*(arguments[name] for name in ("features", "boxes", "image_index")), 4, backend="cuda")
+    crop_resize(*(arguments[name] for name in ("features", "boxes", "image_index")), 4, backend="native")
     torch.cuda.synchronize()
     return calls + 1
 
@@ -111,7 +111,7 @@ def main() -> int:
     if options.inside:
         print(f"{run(options.tool)} calls")
         return 0
-    usable, reason = dispatch.available("cuda")
+    usable, reason = dispatch.available("native", torch.device("cuda", 0))
     program = sanitizer()
     if program is None or not usable:
         print(f"skipped: {'compute-sanitizer was not found' if usable else reason}")

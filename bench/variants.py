@@ -11,8 +11,7 @@
 | `compile_tapped` | `tapped_eager` through `torch.compile(mode="max-autotune-no-cudagraphs")` |
 | `library` | L: tapped crop-resize, cuBLASLt's epilogues, alpha folded into fc2; see `bench.library` |
 | `quack` | L with quack's CuTe GEMMs and their GELU and tanh epilogues; forward only |
-| `torch`, `triton`, `cuda` | this package's backends |
-| `torch_calls` | the `torch` backend without the compiled operators; forward only |
+| `eager`, `native`, `triton` | this package's backends; older rows have `torch_calls`, `torch` and `cuda` |
 | ..`_graph` | that backend in a CUDA graph |
 | ..`_recompute` | with `recompute=True`: nothing kept for the backward pass |
 | ..`_sample_first`, .. | with that plan instead of the planner's |
@@ -28,11 +27,11 @@ from torch import Tensor
 
 from bench.baselines import Boxes, Indices, naive_eager, tapped_resize, tuned_eager
 from bench.library import library
-from fila_kernels import cvfm, dispatch, native
+from fila_kernels import cvfm, dispatch
 from fila_kernels.call import PLANS
 
 Function = Callable[..., Tensor]
-BACKENDS = ("torch", "triton", "cuda")
+BACKENDS = ("eager", "native", "triton")
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,6 @@ def quack(
     return torch.cat([tokens[:, :num_prefix_tokens], fused], dim=1)
 
 
-def torch_calls(*arguments, **settings) -> Tensor:
-    """The `torch` backend as it is where no compiler was found."""
-    with native.left_out():
-        return cvfm(*arguments, backend="torch", **settings)
-
-
 def _compiled(function: Function, mode: str) -> Callable[[], Function]:
     def make() -> Function:
         # Each case is a new shape; past its limit of shapes dynamo would run eager without a word.
@@ -114,14 +107,13 @@ REGISTRY = {
         Variant("compile_tapped", _compiled(tapped_eager, "max-autotune-no-cudagraphs")),
         Variant("library", lambda: library),
         Variant("quack", lambda: quack, forward_only=True),
-        Variant("torch_calls", lambda: torch_calls, ours=True, forward_only=True),
         *(variant for backend in BACKENDS for variant in _ours(backend)),
     )
 }
 _OURS = tuple(f"{backend}{suffix}" for backend in BACKENDS for suffix in ("", "_graph", "_recompute"))
 # torch.compile takes a minute a case to choose its kernels, so that it is asked for by name.
 DEFAULTS = {
-    "cpu": ("tuned_eager", "torch", "torch_calls"),
+    "cpu": ("tuned_eager", "native", "eager"),
     "cuda": ("naive_eager", "tuned_eager", "tapped_eager", "tuned_eager_graph", "library", "quack", *_OURS),
 }
 NEVER = {"liger": "Liger has no kernel of this: its MLPs (SwiGLU, GEGLU) multiply two halves"}
@@ -139,17 +131,15 @@ def absent(name: str, device: torch.device) -> str | None:
             from quack.gemm_interface import gemm_act  # noqa: F401
         except (ImportError, RuntimeError, AttributeError) as error:  # absent, or not fit for this torch
             return f"cannot be imported ({error})"
-    if name == "torch_calls" and device.type != "cpu":
-        return "it leaves out the compiled CPU operators"
     if variant.ours:
         backend = name.split("_")[0]
-        usable, reason = dispatch.available(backend)
-        if not usable:
-            return reason
-        if backend != "torch" and device.type != "cuda":
+        plan = "single_pass" if name.endswith("single_pass") else None
+        try:
+            dispatch.resolve(backend, plan, device)
+        except RuntimeError as error:
+            return str(error)
+        if backend == "triton" and device.type != "cuda":
             return "its kernels need a CUDA device; an interpreter's time says nothing"
-        if name.endswith("single_pass") and backend == "torch":
-            return "one fused kernel, which the torch backend is not"
     return None
 
 

@@ -55,7 +55,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     ask.add_argument("--explain", metavar="OUT.png", help="also draw tiles, seams and gates; out-1.png, ... of several")
     ask.add_argument("--json", action="store_true", help="print one JSON object a line and picture")
     ask.add_argument("--model", metavar="PATH", help="checkpoint folder, or hf:OWNER/NAME (default: fila-nano)")
-    ask.add_argument("--backend", help="of the fusion: reference, torch, triton, cuda (default: the best that runs)")
+    ask.add_argument("--backend", help="of the fusion: reference, eager, native, triton (default: the best that runs)")
     ask.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     ask.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     ask.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N", help="longest answer (default: 32)")

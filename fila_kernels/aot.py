@@ -18,14 +18,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fila_kernels import native, ops, planner
+from fila_kernels import dispatch, ops, planner
+from fila_kernels.backends import native
+from fila_kernels.backends.native import library
 from fila_kernels.call import Shape
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     """The table that `ExportedProgram.run_decompositions` takes: `fila_kernels`' operators to the native library's.
 
-    It holds `cvfm` and `crop_resize` of the `torch` backend, forward.
+    It holds `cvfm` and `crop_resize` of the backend `native`, forward.
 
     Raises:
         RuntimeError: the native library is not there. While the table is applied: the graph was exported with gradients
@@ -41,7 +43,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
         >>> [node.target for node in exported.graph.nodes if node.op == "call_function"]
         [<OpOverload(op='fila.crop_resize', overload='default')>]
     """
-    loaded, reason = native.load()
+    loaded, reason = library.load()
     if not loaded:
         raise RuntimeError(f"exported graphs call the native library, which is {reason}")
     own = getattr(torch.ops, ops.NAMESPACE)
@@ -51,11 +53,13 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     }
 
 
-def _require_served(tensor: Tensor, backend: str) -> None:
-    if backend != "torch":
-        raise RuntimeError(f"expected a graph exported with backend 'torch', which C++ can run, got {backend!r}")
-    served, reason = native.serves(tensor.dtype, tensor.device)
-    if not served:
+def _require_native(tensor: Tensor, backend: str) -> None:
+    if backend not in ("native", dispatch.AUTO):
+        raise RuntimeError(f"expected a graph exported with backend 'native', which C++ can run, got {backend!r}")
+    if tensor.device.type != "cpu":
+        raise RuntimeError(f"this graph cannot leave Python: expected CPU tensors, got {tensor.device}")
+    usable, reason = dispatch.available("native", tensor.device, tensor.dtype)
+    if not usable:
         raise RuntimeError(f"this graph cannot leave Python: {reason}")
 
 
@@ -68,27 +72,23 @@ def _example(size: int | torch.SymInt) -> int:
     return int(size.node.hint)
 
 
-def _dense_channels(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _crop_resize(features, boxes, image_index, size, backend="torch"):  # type: ignore[no-untyped-def]
-    _require_served(features, backend)
-    return torch.ops.fila.crop_resize(_dense_channels(features), boxes, image_index, size, check_values=False)
+def _crop_resize(features, boxes, image_index, size, backend="auto"):  # type: ignore[no-untyped-def]
+    _require_native(features, backend)
+    return torch.ops.fila.crop_resize(native.dense_channels(features), boxes, image_index, size, check_values=False)
 
 
 def _cvfm_forward(  # type: ignore[no-untyped-def]
     tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-    num_prefix_tokens, gate, plan, save_hidden, save_branch, backend="torch",
+    num_prefix_tokens, gate, plan, save_hidden, save_branch, backend="auto",
 ):  # fmt: skip
-    _require_served(tokens, backend)
+    _require_native(tokens, backend)
     if save_hidden or save_branch:
         raise RuntimeError("expected a graph exported under torch.no_grad(), got one that keeps tensors for a gradient")
     sizes = [[_example(size) for size in tensor.shape] for tensor in (tokens, features, fc1_weight)]
     shape = Shape.of(sizes[0], sizes[1], sizes[2][0], num_prefix_tokens)
-    chosen = planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend).forward
+    chosen = planner.choose(shape, tokens.dtype, tokens.device, plan or None, "native").forward
     out = torch.ops.fila.cvfm(
-        tokens, _dense_channels(features), boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
+        tokens, native.dense_channels(features), boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
         num_prefix_tokens, gate, chosen, check_values=False,
     )  # fmt: skip
     return out, tokens.new_empty((0,)), tokens.new_empty((0,))

@@ -126,7 +126,7 @@ UNMEASURED = Measured()
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan for each direction and why, and the launch configs that were measured on the device.
+    """A plan for each direction and why, the backend of each pass, and the device's measured launch configs.
 
     The backward pass is one call to one backend, whatever its two directions' plans.
     """
@@ -135,6 +135,8 @@ class Plan:
     weight_gradient: str
     feature_gradient: str
     reasons: Mapping[str, str]
+    forward_backend: str = "eager"
+    backward_backend: str = "eager"
     configs: Measured = UNMEASURED
 
 

@@ -1,5 +1,12 @@
 """Formulas for `torch.utils.flop_counter`, which cannot see into an operator.
 
+Call `register` once; a counter that meets an operator without a formula counts zero for it in silence::
+
+    from fila_kernels import flops
+    flops.register()
+    with torch.utils.flop_counter.FlopCounterMode() as counter:
+        module(*arguments)
+
 Counted is what eager PyTorch's matrix products of the same pass would be, as for every other operator: the
 definition's, whatever the plan saves, only the gradients that are wanted, and the forward pass again where nothing was
 kept.

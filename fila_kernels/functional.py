@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fila_kernels import dispatch, native, ops, planner, reference
+from fila_kernels import dispatch, ops, planner, reference
 from fila_kernels.call import DIRECTIONS, Shape
 from fila_kernels.validation import check_crop_resize, check_cvfm
 
@@ -91,7 +91,8 @@ def crop_resize(
         boxes: [T, 4] float32 y0, x0, y1, x1 in cells, cell i spanning [i, i + 1); fractions allowed. No gradient.
         image_index: [T] int32 or int64, the map each box is cut from.
         size: samples per side of the result.
-        backend: "reference", "torch", "triton", "cuda" or None for the default; see `fila_kernels.dispatch.resolve`.
+        backend: "reference", "eager", "native", "triton", or None or "auto" for the first that can run; see
+            `fila_kernels.dispatch`.
 
     Returns:
         [T, size, size, C] in the dtype of `features`, a new contiguous tensor.
@@ -114,7 +115,7 @@ def crop_resize(
         [2.5, 4.5, 10.5, 12.5]
     """
     check_crop_resize(features, boxes, image_index, size)
-    name, _ = dispatch.resolve(backend, None, features.device, features.dtype)
+    name, _ = dispatch.requested(backend)
     if name == "reference":
         return reference.crop_resize(features, boxes, image_index, size)
     return _CropResize.apply(features, boxes, image_index, size, name)
@@ -151,9 +152,10 @@ def cvfm(
         alpha: [1], the gate. All float tensors but `boxes` share one dtype and device.
         num_prefix_tokens: P.
         gate: "product" for tanh(alpha * M), "scale" for tanh(alpha) * M.
-        plan: "sample_first", "project_first", "single_pass" (triton: D and H up to 512; cuda: both 1024, on compute
-            capability 9.0), or None to let the planner choose; see `explain`.
-        backend: "reference", "torch", "triton", "cuda" or None for the default: triton on CUDA tensors, else torch.
+        plan: "sample_first", "project_first", "single_pass" (triton: D and H up to 512; native: both 1024, on a GPU of
+            compute capability 9.0), or None to let the planner choose; see `explain`.
+        backend: "reference", "eager", "native", "triton", or None or "auto" for the first that can run: triton, native,
+            eager on CUDA tensors, else native, eager.
         recompute: save nothing but the inputs for the backward pass and compute the MLP again there.
 
     Returns:
@@ -197,8 +199,7 @@ def cvfm(
         )
     inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
     check_cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate, plan=plan)
-    widths = (tokens.shape[2], fc1_weight.shape[0]) if plan == "single_pass" else None
-    name, _ = dispatch.resolve(backend, plan, tokens.device, tokens.dtype, widths)
+    name, _ = dispatch.requested(backend)
     if name == "reference":
         return reference.cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate)
     if torch.is_grad_enabled():
@@ -238,8 +239,6 @@ def explain(
     shape = Shape.of(tokens, features, hidden_width, num_prefix_tokens)
     device = torch.device(device)
     name, why = dispatch.resolve(backend, plan, device, dtype, (shape.token_width, shape.hidden_width))
-    if name == "torch":
-        why += f"; forward pass, crop and resize: {native.serves(dtype, torch.device(device))[1]}"
     report = {"backend": {"choice": name, "why": why}}
     if name == "reference":
         return report | {d: {"choice": "reference", "why": "the definition has no plans"} for d in DIRECTIONS}

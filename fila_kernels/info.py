@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fila_kernels import dispatch, native
+from fila_kernels import dispatch
+from fila_kernels.backends.native import library
 from fila_kernels.functional import explain
 
 # FILA's four stages on a 768-pixel raster: one image, four tiles of a 2 x 2 canvas and the global view.
@@ -48,7 +49,7 @@ def report() -> dict[str, Any]:
         chosen = {"choice": name, "why": why}
     except (ValueError, RuntimeError) as error:
         chosen = {"choice": "none", "why": str(error)}
-    loaded, native_reason = native.load()
+    loaded, native_reason = library.load()
     plans = {}
     if chosen["choice"] != "none":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +63,7 @@ def report() -> dict[str, Any]:
         "backend": chosen
         | {"variable": f"{dispatch.ENVIRONMENT_VARIABLE}={os.environ.get(dispatch.ENVIRONMENT_VARIABLE, '')}"},
         "backends": dispatch.backend_report(),
-        "native": {"loaded": loaded, "reason": native_reason, "cuda": native.describe_cuda()},
+        "native": {"loaded": loaded, "reason": native_reason, "cuda": library.describe_cuda()},
         "plans": plans,
     }
 

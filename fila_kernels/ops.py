@@ -5,43 +5,33 @@ on the arguments alone and never on the plan, which is chosen inside from real s
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fila_kernels import planner
-from fila_kernels.backends import cuda, eager, eager_backward
+from fila_kernels import dispatch, planner
 from fila_kernels.call import Call, Needs, Shape
 
 NAMESPACE = "fila_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-_EAGER = SimpleNamespace(
-    crop_resize=eager.crop_resize,
-    crop_resize_backward=eager.crop_resize_backward,
-    forward=eager.forward,
-    backward=eager_backward.backward,
-)
-
 _INPUTS = (
     "Tensor tokens, Tensor features, Tensor boxes, Tensor image_index, Tensor fc1_weight, Tensor fc1_bias, "
     "Tensor fc2_weight, Tensor fc2_bias, Tensor alpha"
 )
 _SCHEMAS = {
-    "crop_resize": '(Tensor features, Tensor boxes, Tensor image_index, SymInt size, str backend="torch") -> Tensor',
+    "crop_resize": '(Tensor features, Tensor boxes, Tensor image_index, SymInt size, str backend="auto") -> Tensor',
     "crop_resize_backward": (
         "(Tensor grad, Tensor boxes, Tensor image_index, SymInt images, SymInt height, SymInt width, "
-        'str backend="torch") -> Tensor'
+        'str backend="auto") -> Tensor'
     ),
     "cvfm_forward": (
         f"({_INPUTS}, SymInt num_prefix_tokens, str gate, str plan, bool save_hidden, bool save_branch, "
-        'str backend="torch") '
+        'str backend="auto") '
         "-> (Tensor out, Tensor hidden, Tensor branch)"
     ),
     "cvfm_backward": (
         f"(Tensor grad, {_INPUTS}, Tensor hidden, Tensor branch, SymInt num_prefix_tokens, str gate, str plan, "
-        'bool[] needs, str backend="torch") '
+        'bool[] needs, str backend="auto") '
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }
@@ -71,86 +61,71 @@ def _backward_results(inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
     ]
 
 
-def _implementation(backend: str) -> Any:
-    """The module that computes: crop_resize, crop_resize_backward, forward, backward."""
-    if backend == "triton":
-        from fila_kernels.backends.triton import cvfm  # imports triton, which not every machine has
-
-        return cvfm
-    if backend == "cuda":
-        return cuda
-    return _EAGER
-
-
 def _no_autocast(device: torch.device):
     """Operands were cast at the public edge; inside an op nothing is cast again."""
     return torch.autocast(device.type, enabled=False)
 
 
-def _call(inputs: tuple[Tensor, ...], shape: Shape, gate: str, plan: str, backend: str) -> Call:
-    """The nine inputs with the plan for their sizes."""
-    tokens = inputs[0]
-    chosen = planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend)
-    return Call._make((*inputs, shape, gate, chosen))
-
-
-def _crop_resize(features, boxes, image_index, size, backend="torch"):
+def _crop_resize(features, boxes, image_index, size, backend="auto"):
+    name, _ = dispatch.resolve(backend, None, features.device, features.dtype)
     if boxes.shape[0] == 0 or features.numel() == 0:
         return _crop_resize_fake(features, boxes, image_index, size).zero_()
-    return _implementation(backend).crop_resize(features, boxes, image_index, size)
+    return dispatch.implementation(name).crop_resize(features, boxes, image_index, size)
 
 
-def _crop_resize_fake(features, boxes, image_index, size, backend="torch"):
+def _crop_resize_fake(features, boxes, image_index, size, backend="auto"):
     return features.new_empty((boxes.shape[0], size, size, features.shape[3]))
 
 
-def _crop_resize_backward(grad, boxes, image_index, images, height, width, backend="torch"):
+def _crop_resize_backward(grad, boxes, image_index, images, height, width, backend="auto"):
+    name, _ = dispatch.resolve(backend, None, grad.device, grad.dtype)
     if grad.numel() == 0:
         return grad.new_zeros((images, height, width, grad.shape[3]))
-    return _implementation(backend).crop_resize_backward(grad, boxes, image_index, (images, height, width))
+    return dispatch.implementation(name).crop_resize_backward(grad, boxes, image_index, (images, height, width))
 
 
-def _crop_resize_backward_fake(grad, boxes, image_index, images, height, width, backend="torch"):
+def _crop_resize_backward_fake(grad, boxes, image_index, images, height, width, backend="auto"):
     return grad.new_empty((images, height, width, grad.shape[3]))
 
 
 def _cvfm_forward(
     tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-    num_prefix_tokens, gate, plan, save_hidden, save_branch, backend="torch",
+    num_prefix_tokens, gate, plan, save_hidden, save_branch, backend="auto",
 ):  # fmt: skip
     shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
+    chosen = planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend)
+    if tokens.numel() == 0:
+        return _forward_results(tokens, fc1_weight, num_prefix_tokens, save_hidden, save_branch)
     hidden = tokens.new_empty((shape.samples, shape.hidden_width) if save_hidden else (0,))
     branch = tokens.new_empty((shape.samples, shape.token_width) if save_branch else (0,))
-    if tokens.numel() == 0:
-        return torch.empty_like(tokens, memory_format=torch.contiguous_format), hidden, branch
+    inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
     with _no_autocast(tokens.device):
-        call = _call(
-            (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha),
-            shape, gate, plan, backend,
-        )  # fmt: skip
-        out = _implementation(backend).forward(call, hidden if save_hidden else None, branch if save_branch else None)
+        out = dispatch.implementation(chosen.forward_backend).forward(
+            Call(*inputs, shape, gate, chosen), hidden if save_hidden else None, branch if save_branch else None
+        )
     return out, hidden, branch
 
 
 def _cvfm_forward_fake(
     tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
-    num_prefix_tokens, gate, plan, save_hidden, save_branch, backend="torch",
+    num_prefix_tokens, gate, plan, save_hidden, save_branch, backend="auto",
 ):  # fmt: skip
     return _forward_results(tokens, fc1_weight, num_prefix_tokens, save_hidden, save_branch)
 
 
 def _cvfm_backward(
     grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha, hidden, branch,
-    num_prefix_tokens, gate, plan, needs, backend="torch",
+    num_prefix_tokens, gate, plan, needs, backend="auto",
 ):  # fmt: skip
     likes = [tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha]
+    shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
+    chosen = planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend)
     if tokens.numel() == 0:
         return tuple(result.zero_() for result in _backward_results(likes, needs))
-    shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
     inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
     with _no_autocast(tokens.device):
-        results = _implementation(backend).backward(
-            _call(inputs, shape, gate, plan, backend), grad, hidden if hidden.dim() == 2 else None,
+        results = dispatch.implementation(chosen.backward_backend).backward(
+            Call(*inputs, shape, gate, chosen), grad, hidden if hidden.dim() == 2 else None,
             branch if branch.dim() == 2 else None, Needs(*needs),
         )  # fmt: skip
     return tuple(
@@ -160,7 +135,7 @@ def _cvfm_backward(
 
 def _cvfm_backward_fake(
     grad, tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha, hidden, branch,
-    num_prefix_tokens, gate, plan, needs, backend="torch",
+    num_prefix_tokens, gate, plan, needs, backend="auto",
 ):  # fmt: skip
     inputs = [tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha]
     return tuple(_backward_results(inputs, needs))

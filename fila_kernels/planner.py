@@ -1,12 +1,14 @@
-"""Which of the exact ways to compute the operation is used, decided from shapes, dtype and device alone."""
+"""Chooses the plan of each direction and the backend of each pass, from shapes, dtype and device alone."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 
-from fila_kernels import tuned
-from fila_kernels.call import DIRECTIONS, TRITON_SINGLE_PASS_WIDTH, UNMEASURED, Plan, Shape
+from fila_kernels import dispatch, tuned
+from fila_kernels.call import DIRECTIONS, TRITON_SINGLE_PASS_WIDTH, UNMEASURED, Measured, Plan, Shape
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,16 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+class _Means(NamedTuple):
+    """What every plan of a call is carried out with."""
+
+    forward_backend: str
+    backward_backend: str
+    configs: Measured
+
+
 @lru_cache(maxsize=1024)
-def _by_cost(shape: Shape, dtype: torch.dtype, device: torch.device) -> Plan:
+def _by_cost(shape: Shape, dtype: torch.dtype, device: torch.device, means: _Means) -> Plan:
     """What the cost model prefers; asked at every call of a device that was never tuned."""
     chosen, reasons = {}, {}
     for direction in DIRECTIONS:
@@ -71,35 +81,51 @@ def _by_cost(shape: Shape, dtype: torch.dtype, device: torch.device) -> Plan:
             f"cost model: sample_first {cost['sample_first'] * 1e3:.2f} ms for {shape.samples} samples, "
             f"project_first {cost['project_first'] * 1e3:.2f} ms for {shape.cells} cells"
         )
-    return Plan(chosen["forward"], chosen["weight_gradient"], chosen["feature_gradient"], reasons)
+    return _plan(chosen, reasons, means)
 
 
-@cache
-def _requested(plan: str) -> Plan:
+def _plan(chosen: Mapping[str, str], reasons: Mapping[str, str], means: _Means) -> Plan:
+    return Plan(chosen["forward"], chosen["weight_gradient"], chosen["feature_gradient"], reasons, *means)
+
+
+@lru_cache(maxsize=1024)
+def _requested(plan: str, means: _Means) -> Plan:
     chosen = dict.fromkeys(DIRECTIONS, plan)
     reasons = dict.fromkeys(DIRECTIONS, "requested by the caller")
     if plan == "single_pass":
         for direction in DIRECTIONS[1:]:
             chosen[direction] = "sample_first"
             reasons[direction] = "single_pass is a plan of the forward pass; its gradients sample first"
-    return Plan(chosen["forward"], chosen["weight_gradient"], chosen["feature_gradient"], reasons)
+    return _plan(chosen, reasons, means)
 
 
 def choose(
-    shape: Shape, dtype: torch.dtype, device: torch.device, requested: str | None = None, backend: str = "torch"
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    requested: str | None = None,
+    backend: str | None = None,
 ) -> Plan:
-    """The plan for each direction: `requested`, else the tuned table's nearest entry, else the cost model's."""
-    table = tuned.load(_device_name(device)) if backend == "triton" else None
-    configs = UNMEASURED if table is None else table.configs(dtype)
+    """The plan of each direction and the backend of each pass.
+
+    A plan is `requested`, else the tuned table's nearest entry, else the cost model's. A backend is the one that was
+    named, else the first that can run: `dispatch.resolve`.
+
+    Raises:
+        ValueError: for an unknown backend. RuntimeError: if a backend or plan that was asked for cannot run.
+    """
+    name, _ = dispatch.resolve(backend, requested, device, dtype, (shape.token_width, shape.hidden_width))
+    table = tuned.load(_device_name(device)) if name == "triton" else None
+    # Both passes go to one backend: tables hold plans and configs, and name none.
+    means = _Means(name, name, UNMEASURED if table is None else table.configs(dtype))
     if requested:
-        return replace(_requested(requested), configs=configs)
+        return _requested(requested, means)
     measured = None if table is None else table.plan(shape, dtype)
     if measured is not None and "single_pass" in measured[0].values():
         # An entry half as wide is near, and what it measured cannot run here.
         measured = measured if max(shape.token_width, shape.hidden_width) <= TRITON_SINGLE_PASS_WIDTH else None
     if measured is None:
-        return replace(_by_cost(shape, dtype, device), configs=configs)
-    plans, exact = measured
+        return _by_cost(shape, dtype, device, means)
+    chosen, exact = measured
     reason = f"tuned table of {_device_name(device)}: " + ("measured" if exact else "nearest entry")
-    reasons = dict.fromkeys(DIRECTIONS, reason)
-    return Plan(plans["forward"], plans["weight_gradient"], plans["feature_gradient"], reasons, configs)
+    return _plan(chosen, dict.fromkeys(DIRECTIONS, reason), means)

@@ -167,7 +167,9 @@ class Environment:
 
     def report(self) -> None:
         self._run("-c", "import torch; print('setup: torch', torch.__version__)")
-        self._run("-c", "from fila_kernels import native; print('setup: native library', native.load()[1])")
+        self._run(
+            "-c", "from fila_kernels.backends.native import library; print('setup: native library', library.load()[1])"
+        )
 
     def mark_current(self) -> None:
         fresh = self.stamp.with_suffix(".new")

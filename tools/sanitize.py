@@ -17,7 +17,10 @@ LIBRARY = BUILD / "libfila_kernels.so"
 FUZZED_CALLS = 10000
 
 # The tests then load the library that was just built. Leaks are not looked for: Python keeps much until it ends.
-USE_LIBRARY = "import pathlib, sys; from fila_kernels import native; native.LIBRARY = pathlib.Path(sys.argv.pop(1)); "
+USE_LIBRARY = (
+    "import pathlib, sys; from fila_kernels.backends.native import library; "
+    "library.LIBRARY = pathlib.Path(sys.argv.pop(1)); "
+)
 RUN_PYTEST = USE_LIBRARY + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 RUN_SCRIPT = USE_LIBRARY + "import runpy; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 # A map in memory that was given back.

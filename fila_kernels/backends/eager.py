@@ -1,82 +1,17 @@
-"""The `torch` backend's forward pass: the operation as few, large PyTorch calls; runs on any device.
+"""The `eager` backend: the operation in PyTorch calls alone; runs on any device and in any float dtype.
 
-Letters: T tiles, N patch tokens a tile, D token width, C feature channels, H hidden width. Sampling and its transpose
-are the native library's operators where it is loaded and serves the tensors; elsewhere they are weighted bags of rows
-(`embedding_bag`), which read each tap once, accumulate in float32 and write each row once.
-Rows go through in chunks of whole tiles, which keeps the hidden activation in cache and the extra memory small. [X ; S]
-exists for one chunk at a time: two GEMMs into one buffer take as long, and round the sum twice.
+Sampling and its transpose are weighted bags of rows (`embedding_bag`), which read each tap once, accumulate in float32
+and write each row once. The matrix products around them are `products`'.
 """
-
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fila_kernels import native
-from fila_kernels.call import Call
+from fila_kernels.backends import products
+from fila_kernels.backends.products import Steps, sum_product, wide
+from fila_kernels.call import Call, Needs
 from fila_kernels.sampling import Bags, cell_bags, sample_bags, tile_slice, touched
-
-CHUNK_BYTES = 2 * 2**20
-
-
-class Sampler(NamedTuple):
-    """How maps are sampled and how gradients go back, with the arguments of this file's two functions."""
-
-    crop_resize: Callable[..., Tensor]
-    crop_resize_backward: Callable[..., Tensor]
-
-
-class Composition(Call):
-    """A call with the sampler that its composition uses: this file's where none is given."""
-
-    sampler: Sampler | None
-
-    @classmethod
-    def of(cls, call: Call, sampler: Sampler | None = None) -> "Composition":
-        if isinstance(call, Composition):
-            return call
-        composition = cls(*call)
-        composition.sampler = sampler
-        return composition
-
-    @property
-    def sampling(self) -> Sampler:
-        return self.sampler or Sampler(crop_resize, crop_resize_backward)
-
-    def compiled(self, tensor: Tensor) -> bool:
-        """Whether the native library's operators take a tensor of this call."""
-        return self.sampler is not None or native.serves(tensor.dtype, tensor.device)[0]
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.tokens.device.type == "cpu"
-
-    def closed(self) -> bool:
-        """Whether the gate is known to be shut. Looking would synchronise a GPU, where masks do the same."""
-        return self.on_cpu and not bool(self.alpha.count_nonzero())
-
-    def patches(self, tokens: Tensor, first: int, last: int) -> Tensor:
-        """Patch rows [rows, D] of tiles [first, last): a view where one tile or no prefix makes them flat."""
-        return tokens[first:last, self.shape.prefix :].reshape(-1, self.shape.token_width)
-
-    def tiles_per_chunk(self) -> int:
-        """As many tiles as keep the hidden activation in a CPU's second-level caches; a GPU takes all at once."""
-        if not self.on_cpu:
-            return self.shape.tiles
-        return max(1, CHUNK_BYTES // (self.shape.patches * self.shape.hidden_width * self.tokens.dtype.itemsize))
-
-    def chunks(self) -> Iterator[tuple[int, int, slice]]:
-        """(first tile, last tile, rows) of each chunk."""
-        step, patches = self.tiles_per_chunk(), self.shape.patches
-        for first in range(0, self.shape.tiles, step):
-            last = min(first + step, self.shape.tiles)
-            yield first, last, slice(first * patches, last * patches)
-
-    def scratch(self, width: int) -> Tensor:
-        """Uninitialised rows for one chunk."""
-        return self.tokens.new_empty(min(self.tiles_per_chunk(), self.shape.tiles) * self.shape.patches, width)
 
 
 def sum_bags(source: Tensor, bags: Bags) -> Tensor:
@@ -100,15 +35,8 @@ def map_rows(features: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return features.reshape(-1, channels), (height * width, width, 1)
 
 
-def dense_channels(tensor: Tensor) -> Tensor:
-    """As the compiled operators want it: unit stride over channels."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int) -> Tensor:
-    """[B, h, w, C] to [T, size, size, C]. Values were checked at the public edge, if at all: any is safe here."""
-    if native.serves(features.dtype, features.device)[0]:
-        return torch.ops.fila.crop_resize(dense_channels(features), boxes, image_index, size, check_values=False)
+    """[B, h, w, C] of any stride to [T, size, size, C]. Values need not have been checked: any is safe."""
     rows, strides = map_rows(features)
     images, height, width, channels = features.shape
     bags = sample_bags(boxes, image_index, size, strides, (images, height, width), features.dtype)
@@ -116,9 +44,7 @@ def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int)
 
 
 def crop_resize_backward(grad: Tensor, boxes: Tensor, image_index: Tensor, maps: tuple[int, int, int]) -> Tensor:
-    """[T, size, size, C] to [B, h, w, C]: each cell gathers from the samples that read it."""
-    if native.serves(grad.dtype, grad.device)[0]:
-        return torch.ops.fila.crop_resize_backward(dense_channels(grad), boxes, image_index, *maps, check_values=False)
+    """[T, size, size, C] of any stride to the dense [B, h, w, C]: each cell gathers from the samples that read it."""
     images, height, width = maps
     size, channels = grad.shape[2:]
     samples = sample_bags(boxes, image_index, size, (height * width, width, 1), maps, grad.dtype)
@@ -144,7 +70,7 @@ def _untouched_zeros(count: int, rows: Tensor) -> Tensor:
 class _Gather:
     """S for any range of tiles in PyTorch alone, from one table of taps."""
 
-    def __init__(self, maps: Tensor, call: Composition) -> None:
+    def __init__(self, maps: Tensor, call: Call) -> None:
         self.patches, self.tiles = call.shape.patches, call.shape.tiles
         self.source, strides = map_rows(maps)
         sizes = (maps.shape[0], maps.shape[1], maps.shape[2])
@@ -159,95 +85,45 @@ class _Gather:
         return sum_bags(self.source, tile_slice(self.bags, first, last, self.bounds, self.patches))
 
 
-class FirstLayer:
-    """fc1 before its activation, Z [rows, H], for any range of tiles."""
+def gate_backward(call: Call, grad: Tensor, m: Tensor, out: Tensor, needs_alpha: bool) -> Tensor | None:
+    """dM [rows, D] of the product gate into `out`, and these rows' part of alpha's gradient."""
+    slope = _slope(m, grad, call)
+    part = _alpha_sum(slope, m, call) if needs_alpha else None
+    torch.mul(slope, wide(call.alpha), out=out)  # dM = alpha (1 - tanh^2) dY
+    return part
 
-    def __init__(self, call: Composition) -> None:
-        self.call, shape = call, call.shape
-        self.projected = call.plan.forward == "project_first"
-        self.maps = call.features
-        if self.projected:
-            # R(F) W' = R(F W'), and a constant passes through R unchanged: bilinear weights sum to one.
-            cells = call.features.reshape(-1, shape.feature_width)
-            projection = torch.addmm(call.fc1_bias, cells, call.weight_s.t())
-            self.maps = projection.view(shape.images, shape.height, shape.width, shape.hidden_width)
-        else:
-            self.joint = call.scratch(shape.token_width + shape.feature_width)
-        self.gather = None if call.compiled(self.maps) else _Gather(self.maps, call)
 
-    def _sampled(self, first: int, last: int) -> Tensor:
-        """S [rows, C], or the interpolated projection [rows, H]."""
-        if self.gather is not None:
-            return self.gather(first, last)
-        boxes, image_index = self.call.boxes[first:last], self.call.image_index[first:last]
-        return self.call.sampling.crop_resize(self.maps, boxes, image_index, self.call.shape.grid).flatten(0, 2)
+def _slope(m: Tensor, grad: Tensor, call: Call) -> Tensor:
+    """(1 - tanh^2(alpha M)) dY in at least float32: in bfloat16 the difference would leave nothing of a full gate."""
+    if m.dtype in (torch.float32, torch.float64):
+        tanh = torch.mul(m, call.alpha).tanh_()
+        return torch.ops.aten.tanh_backward.grad_input(grad, tanh, grad_input=tanh)
+    sigmoid = products.gate_sigmoid(m, call)
+    return torch.ops.aten.sigmoid_backward.grad_input(wide(grad), sigmoid, grad_input=sigmoid).mul_(4)
 
-    def __call__(self, first: int, last: int, out: Tensor) -> Tensor:
-        call, width = self.call, self.call.shape.token_width
-        if self.projected:
-            # Below float32 the projection and its interpolation are rounded once each on their way.
-            patches = call.patches(call.tokens, first, last)
-            return torch.addmm(self._sampled(first, last), patches, call.weight_x.t(), out=out)
-        joint = self.joint[: out.shape[0]]
-        patches = call.tokens[first:last, call.shape.prefix :]
-        joint[:, :width].view(patches.shape).copy_(patches)
-        joint[:, width:] = self._sampled(first, last)
-        return torch.addmm(call.fc1_bias, joint, call.fc1_weight.t(), out=out)
+
+def _alpha_sum(slope: Tensor, m: Tensor, call: Call) -> Tensor:
+    """sum (1 - tanh^2) dY M; see `reference.gated` for what non-finite entries count."""
+    total = sum_product(slope, m)
+    if not products.on_cpu(call) or not bool(torch.isfinite(total)):
+        quiet = torch.isinf(m) | (torch.isnan(m) & (call.alpha == 0))
+        total = sum_product(slope.masked_fill(quiet, 0), m.masked_fill(quiet, 0))
+    return total
+
+
+STEPS = Steps(_Gather, crop_resize_backward, gate_backward)
 
 
 def forward(call: Call, hidden: Tensor | None, branch: Tensor | None) -> Tensor:
     """The fused tokens; fills `hidden` [T * N, H] with Z and `branch` [T * N, D] with M where they are given."""
-    call = Composition.of(call)
-    tokens, shape = call.tokens, call.shape
-    if call.sampler is None and native.serves(tokens.dtype, tokens.device)[0]:
-        features = dense_channels(call.features)
-        return torch.ops.fila.cvfm_forward(
-            tokens, features, *call[2:9], shape.prefix, call.gate, call.plan.forward, hidden, branch, check_values=False
-        )
-    out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
-    closed = call.closed()
-    passing = None if closed else shape.prefix
-    out[:, :passing] = tokens[:, :passing]
-    if closed and hidden is None and branch is None:
-        return out
-    first_layer = FirstLayer(call)
-    z_scratch = call.scratch(shape.hidden_width) if hidden is None else None
-    a_scratch = call.scratch(shape.hidden_width) if hidden is not None else z_scratch
-    m_scratch = call.scratch(shape.token_width)
-    assert a_scratch is not None
-    for first, last, rows in call.chunks():
-        count = rows.stop - rows.start
-        z = first_layer(first, last, hidden[rows] if hidden is not None else a_scratch[:count])
-        a = torch.ops.aten.gelu.out(z, out=a_scratch[:count])
-        m = torch.addmm(
-            call.fc2_bias, a, call.fc2_weight.t(), out=branch[rows] if branch is not None else m_scratch[:count]
-        )
-        if not closed:
-            patches = tokens[first:last, shape.prefix :]
-            torch.add(patches, _gated(m, call).view(patches.shape), out=out[first:last, shape.prefix :])
-    return out
+    return products.forward(call, hidden, branch, STEPS)
 
 
-def _gated(m: Tensor, call: Composition) -> Tensor:
-    """tanh(alpha M) or tanh(alpha) M in at least float32, so that only the sum with the tokens is rounded."""
-    if not call.on_cpu:
-        # A zero gate times a non-finite entry is nothing, not NaN.
-        m = m.masked_fill(~torch.isfinite(m) & (call.alpha == 0), 0)
-    if call.gate == "scale":
-        return m * wide(call.alpha).tanh()
-    if m.dtype in (torch.float32, torch.float64):
-        return torch.mul(m, call.alpha).tanh_()
-    # tanh(u) = 2 sigmoid(2 u) - 1: three times as fast on a CPU, and exact to float32's rounding of 1, far below the
-    # last bit that a low-precision output holds.
-    sigmoid = gate_sigmoid(m, call)
-    return torch.add(sigmoid.new_tensor(-1.0), sigmoid, alpha=2, out=sigmoid)
+def backward(
+    call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs
+) -> list[Tensor | None]:
+    """Gradients of tokens, features, fc1 weight and bias, fc2 weight and bias, alpha; None where not needed.
 
-
-def wide(tensor: Tensor) -> Tensor:
-    """In at least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def gate_sigmoid(m: Tensor, call: Call) -> Tensor:
-    """sigmoid(2 alpha M) in at least float32; tanh is 2 s - 1 and its slope 4 s (1 - s)."""
-    return torch.mul(m, 2 * wide(call.alpha)).sigmoid_()
+    `hidden` (Z) and `branch` (M) are what the forward pass saved, or None.
+    """
+    return products.backward(call, grad, hidden, branch, needs, STEPS)

@@ -33,7 +33,7 @@ def test_what_is_compiled_ahead_is_what_is_timed():
 def test_narrow_widths_and_float32_are_measured_on_a_gpu():
     commands = {each.name: each.command for each in gpu.SECTIONS}
     asked = set(commands["narrow"][commands["narrow"].index("--variants") + 1].split(","))
-    assert {"triton", "triton_single_pass", "triton_sample_first", "cuda", "tuned_eager", "library"} <= asked
+    assert {"triton", "triton_single_pass", "triton_sample_first", "native", "tuned_eager", "library"} <= asked
     assert asked <= set(REGISTRY)
     assert all(max(c.token_width, c.hidden_width) <= configs.TRITON_SINGLE_PASS_WIDTH for c in SUITES["narrow"])
     assert {case.dtype for case in SUITES["float32"]} == {"float32"}

@@ -25,8 +25,8 @@ def test_a_red_variant_prints_no_ratio(tmp_path, monkeypatch, capsys):
     def wrong(**arguments):
         return cvfm(**{k: v for k, v in arguments.items() if k != "backend"}) * 1.1
 
-    ours = variants.Variant("torch", lambda: wrong, ours=True)
-    monkeypatch.setitem(variants.REGISTRY, "torch", ours)
+    ours = variants.Variant("native", lambda: wrong, ours=True)
+    monkeypatch.setitem(variants.REGISTRY, "native", ours)
     monkeypatch.setattr(measure, "roof_of", lambda *_: roofline.Roof(1e9, 1e9))
     path = tmp_path / "red.csv"
     options = settings.Settings(csv=str(path), variants="tuned_eager,torch")
@@ -45,7 +45,7 @@ def test_a_red_variant_prints_no_ratio(tmp_path, monkeypatch, capsys):
 def test_a_run_writes_every_column_it_can_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "roof_of", lambda *_: roofline.Roof(1e9, 1e9))
     path = tmp_path / "rows.csv"
-    options = settings.Settings(csv=str(path), variants="tuned_eager,torch,torch_recompute", resume=1)
+    options = settings.Settings(csv=str(path), variants="tuned_eager,native,native_recompute", resume=1)
     for _ in range(2):
         measurement = measure.Measurement(options, TINY, "forward+backward")
         if not measurement.variants:
@@ -63,7 +63,7 @@ def test_a_run_writes_every_column_it_can_and_resumes(tmp_path, monkeypatch):
         assert {name for name, value in found.items() if not value} == empty
         assert float(found["p20_ms"]) <= float(found["p50_ms"]) <= float(found["p80_ms"])
     kept = {name: int(r["kept_bytes"]) for name, r in rows.items()}
-    assert kept["torch_recompute"] == 0 < kept["torch"] < kept["tuned_eager"]
+    assert kept["native_recompute"] == 0 < kept["native"] < kept["tuned_eager"]
     assert not measure.pending(options, TINY, "forward+backward")
     assert measure.pending(dataclasses.replace(options, resume=0), TINY, "forward+backward")
 
@@ -209,7 +209,7 @@ def test_the_command_measures_prints_and_stops_in_time(tmp_path):
     assert "2 cases of tiny, 2 rounds" in done.stdout
     assert "without liger: " in done.stdout
     assert "geometric mean" in done.stdout
-    assert {r["variant"] for r in records.read(path)} == {"tuned_eager", "torch", "torch_calls"}
+    assert {r["variant"] for r in records.read(path)} == {"tuned_eager", "native", "eager"}
     late = subprocess.run(
         [*command, "--resume", "--seconds", "1e-9"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -239,6 +239,6 @@ def test_extra_info_reaches_pytest_benchmark(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     (found,) = json.loads(output.read_text())["benchmarks"]
-    own = [r for r in records.read(tmp_path / "b.csv") if r["variant"] == "torch"]
+    own = [r for r in records.read(tmp_path / "b.csv") if r["variant"] == "native"]
     assert found["stats"]["median"] * 1e3 == pytest.approx(float(own[0]["p50_ms"]), rel=0.9)
-    assert found["extra_info"]["torch_ms"] == pytest.approx(float(own[0]["p50_ms"]), rel=1e-3)
+    assert found["extra_info"]["native_ms"] == pytest.approx(float(own[0]["p50_ms"]), rel=1e-3)

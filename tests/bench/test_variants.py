@@ -120,8 +120,8 @@ def test_nan_and_wrong_shapes_are_red():
 def test_absent_variants_have_reasons():
     cpu = torch.device("cpu")
     found, missing = variants.select(cpu, variants.REGISTRY)
-    assert {v.name for v in found} >= {"naive_eager", "tuned_eager", "tapped_eager", "compile", "library", "torch"}
-    assert "torch_single_pass" in missing
+    assert {v.name for v in found} >= {"naive_eager", "tuned_eager", "tapped_eager", "compile", "library", "native"}
+    assert "native_single_pass" in missing
     assert "CUDA" in missing["tuned_eager_graph"]
     assert all(missing.values())
     assert "liger" in variants.select(cpu)[1]

@@ -1,4 +1,4 @@
-"""With the native library and without it: both ways through the `torch` backend answer to the same tests.
+"""Both backends that run on any machine answer to the same tests: the compiled one and the one of PyTorch calls.
 
 Interpreted Triton kernels have processes of their own, see test_interpreter.py; elsewhere they are not collected.
 """
@@ -7,15 +7,16 @@ import os
 
 import pytest
 
-from fila_kernels import native
+from fila_kernels import dispatch
+from fila_kernels.backends.native import library
 
 collect_ignore_glob = ["test_aot.py"] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_triton_*.py"]
 
 
-@pytest.fixture(params=["with_library", "without_library"])
-def library(request, monkeypatch) -> str:
-    if request.param == "without_library":
-        monkeypatch.setattr(native, "load", lambda: (False, "switched off by a test"))
-    elif not native.load()[0]:
-        pytest.skip(f"native library {native.load()[1]}")
+@pytest.fixture(params=["native", "eager"])
+def backend(request, monkeypatch) -> str:
+    """The backend of calls that name none."""
+    if request.param == "native" and not library.load()[0]:
+        pytest.skip(f"native library {library.load()[1]}")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, request.param)
     return request.param

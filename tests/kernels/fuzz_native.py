@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fila_kernels import native, reference
+from fila_kernels import reference
+from fila_kernels.backends.native import library
 
 NUMBERS = (0, 1, 2, 3, 5, -1, 7, 2**24, 2**31, 2**62, -(2**63), 2**63 - 1)
 VALUES = (float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e9, -7.0, 0.0, 1e-30)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int32, torch.int64, torch.bool)
-FUZZED = tuple(name for name in native.OPERATORS if name != "build_info")
+FUZZED = tuple(name for name in library.OPERATORS if name != "build_info")
 # Sizes of numbers that torch would have to allocate; refusing those is the allocator's business.
 LARGEST_RESULT = 2**26
 LARGEST_JUDGED = 2**14
@@ -300,7 +301,7 @@ def fuzz(count: int, seed: int) -> tuple[int, int, int]:
 
 
 def main() -> int:
-    loaded, reason = native.load()
+    loaded, reason = library.load()
     if not loaded:
         print(f"native library {reason}")
         return 2

@@ -1,4 +1,4 @@
-"""What test_gpu.py asks of a backend on a device; test_gpu_checks.py asks the same of `torch` on a CPU.
+"""What test_gpu.py asks of a backend on a device; test_gpu_checks.py asks the same on a CPU.
 
 The definition runs in float64 on the CPU, so that nothing a driver does can make both sides wrong alike.
 """

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, Case, assert_close, ids
 
-from fila_kernels import crop_resize, reference
+from fila_kernels import crop_resize, dispatch, reference
 
-IMPLEMENTATIONS = {"reference": reference.crop_resize, "torch": crop_resize}
+IMPLEMENTATIONS = {"reference": reference.crop_resize, "planned": crop_resize}
 
 
 def sliced(features, boxes, image_index, size):
@@ -71,11 +71,13 @@ def test_every_sample_is_its_centre_or_the_clamp(implementation):
                 assert (line - expected).abs().max() <= 1e-5, (tile, axis, i)
 
 
-@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("case", CASES, ids=ids)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_values_and_gradient(case, dtype):
+def test_values_and_gradient(case, dtype, backend):
     """Against float64 with the tolerance derived from plain PyTorch in the same dtype."""
+    usable, reason = dispatch.available(backend, torch.device("cpu"), dtype)
+    if not usable:
+        pytest.skip(reason)
     results = {}
     for name, function, kind in (
         ("found", crop_resize, dtype),
@@ -131,7 +133,7 @@ def test_gradient_is_bitwise_repeatable():
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.usefixtures("library")
+@pytest.mark.usefixtures("backend")
 def test_any_box_is_memory_safe_where_values_are_not_checked():
     """Values are checked on the CPU at the public edge only; beneath it a NaN box gives NaN, and no value faults."""
     values = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e9, -5.0, 2.5]
@@ -157,7 +159,7 @@ def test_double_backward_refuses():
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "eager", "native"])
 def test_a_sample_on_a_cells_centre_reads_no_neighbour(backend):
     """24 samples of 120 cells fall on the centres of cells 2, 7, 12, ...; all others may be anything."""
     features = torch.full((1, 120, 120, 1), float("nan"), dtype=torch.float64)

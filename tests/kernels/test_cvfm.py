@@ -28,7 +28,7 @@ def written_out(tokens, features, boxes, image_index, w1, b1, w2, b2, alpha, pre
     return torch.cat([tokens[:, :prefix], x + (torch.tanh(alpha * m) if gate == "product" else alpha.tanh() * m)], 1)
 
 
-@pytest.mark.usefixtures("library")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["whole", "identity", "many_images", "many_tiles"])
@@ -68,8 +68,8 @@ def test_output_and_every_gradient(case, dtype, plan, gate):
 
 
 @pytest.mark.parametrize("chosen", list(itertools.product(PLANS, repeat=3)), ids="-".join)
-def test_each_direction_has_its_own_plan(chosen, monkeypatch):
-    monkeypatch.setattr(planner, "choose", lambda *_: Plan(*chosen, reasons={}))
+def test_each_direction_has_its_own_plan(chosen, backend, monkeypatch):
+    monkeypatch.setattr(planner, "choose", lambda *_: Plan(*chosen, {}, backend, backend))
     inputs = Case("mixed", tiles=5, boxes="overlapping").inputs()
     grad = torch.randn_like(inputs["tokens"])
     expected_out, expected = gradients(reference.cvfm, inputs, grad)

@@ -7,7 +7,7 @@ from cases import DIFFERENTIABLE, Case, assert_wild_tile, gradients
 from fila_kernels import cvfm, reference
 
 GATES = ("product", "scale")
-IMPLEMENTATIONS = {"reference": reference.cvfm, "torch": cvfm}
+IMPLEMENTATIONS = {"reference": reference.cvfm, "planned": cvfm}
 POISONS = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
 
 

@@ -13,7 +13,7 @@ from interpreter import ALIGNED, UNALIGNED
 
 from fila_kernels import crop_resize, cvfm, dispatch
 
-BACKENDS = [name for name in dispatch.BACKENDS if name != "reference" and dispatch.available(name)[0]]
+BACKENDS = dispatch.candidates(torch.device("cuda", 0)).names if torch.cuda.is_available() else ()
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),

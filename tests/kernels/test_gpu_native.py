@@ -11,10 +11,11 @@ import torch
 from cases import CASES, Case, assert_close, ids, options
 from gpu_checks import check, on_device
 
-from fila_kernels import cvfm, dispatch, native, reference
-from fila_kernels.backends import cuda, eager
+from fila_kernels import cvfm, dispatch, reference
+from fila_kernels.backends import native, products
+from fila_kernels.backends.native import library
 
-USABLE, REASON = dispatch.available("cuda")
+USABLE, REASON = dispatch.available("native", torch.device("cuda", 0))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not USABLE, reason=REASON)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,7 +27,7 @@ PLANS = ("sample_first", "project_first")
 def with_products(case: Case) -> Case:
     """The case at widths rounded up to what the compiled products take."""
     widths = {name: getattr(case, name) for name in ("token_width", "hidden_width", "feature_width")}
-    return replace(case, **{name: -(-width // cuda.ALIGNMENT) * cuda.ALIGNMENT for name, width in widths.items()})
+    return replace(case, **{name: -(-width // native.ALIGNMENT) * native.ALIGNMENT for name, width in widths.items()})
 
 
 PRODUCTS = [with_products(case) for case in CASES]
@@ -42,9 +43,9 @@ def only_compiled(monkeypatch):
     """PyTorch's composition of the forward pass must not stand in for the compiled operator."""
 
     def refuse(*arguments, **settings):
-        raise AssertionError("the torch backend's forward pass was called")
+        raise AssertionError("the composition of the forward pass was called")
 
-    monkeypatch.setattr(eager, "forward", refuse)
+    monkeypatch.setattr(products, "forward", refuse)
 
 
 def example(dtype: torch.dtype, channels: int, size: int = 6):
@@ -182,7 +183,7 @@ def test_empty_input_is_no_launch():
 
 
 def test_the_library_says_what_it_was_built_for():
-    build = native.build()
+    build = library.build()
     assert build is not None
     assert build.runs_on(torch.cuda.get_device_capability())
 
@@ -192,12 +193,12 @@ def test_the_library_says_what_it_was_built_for():
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("case", PRODUCTS, ids=ids)
 def test_the_compiled_products_over_the_case_matrix(only_compiled, case, dtype, gate, plan):
-    check(case, "cuda", dtype, gate, plan=plan)
+    check(case, "native", dtype, gate, plan=plan)
 
 
 @pytest.fixture
 def single_pass():
-    obstacle = dispatch._single_pass_obstacle("cuda", torch.device("cuda", 0), torch.bfloat16, (1024, 1024))
+    obstacle = dispatch._single_pass_obstacle("native", torch.device("cuda", 0), torch.bfloat16, (1024, 1024))
     if obstacle:
         pytest.skip(obstacle)
 
@@ -216,7 +217,7 @@ def test_single_pass_and_what_it_keeps(only_compiled, single_pass, case, dtype, 
     out = torch.ops.fila.cvfm_forward(**gpu, **call, **kept)
     judge_forward(inputs, case.prefix, gate, out, **kept)
     assert torch.equal(torch.ops.fila.cvfm_forward(**gpu, **call), out)
-    check(case, "cuda", dtype, gate, plan="single_pass")
+    check(case, "native", dtype, gate, plan="single_pass")
 
 
 def judge_forward(inputs, prefix, gate, out, hidden, branch):
@@ -258,7 +259,7 @@ FUSED = Case("fused", tiles=9, grid=7, token_width=64, hidden_width=128, feature
 def test_the_fused_pass_follows_streams_and_graphs(only_compiled, plan):
     """Late inputs on a side stream, and inputs changed after a capture: both as a plain call has them."""
     first, second = (on_device(FUSED.inputs(torch.bfloat16, seed), "cuda") for seed in (0, 1))
-    settings = {"plan": plan, "backend": "cuda"}
+    settings = {"plan": plan, "backend": "native"}
     wanted = [cvfm(**inputs, **settings) for inputs in (first, second)]
     assert not torch.equal(*wanted)
     torch.cuda.synchronize()

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from fila_kernels import CVFM, cvfm, dispatch, reference
+from fila_kernels import CVFM, cvfm, dispatch, flops, reference
 
 CASE = Case("integration", tiles=4, images=2)
 WORLD = 2
@@ -110,6 +110,7 @@ def test_a_checkpointed_fusion_keeps_nothing_and_computes_the_same():
 @pytest.mark.parametrize("gate", ["product", "scale"])
 @pytest.mark.parametrize("frozen", [(), ("features",), ("tokens", "features")])
 def test_the_flop_counter_counts_what_eager_would_do(gate, frozen):
+    flops.register()
     inputs = CASE.inputs(torch.float32)
     wanted = tuple(name for name in DIFFERENTIABLE if name not in frozen)
     grad = torch.randn_like(inputs["tokens"])
@@ -219,7 +220,7 @@ def test_the_comparison_of_processes_can_fail():
 def test_a_cuda_graph_replays_forward_and_backward(recompute):
     usable, reason = dispatch.available("triton")
     if not usable:
-        pytest.skip(f"the torch backend synchronises on a GPU, and of kernels: {reason}")
+        pytest.skip(f"eager calls synchronise on a GPU, and of kernels: {reason}")
     inputs = {name: tensor.cuda() for name, tensor in CASE.inputs(torch.bfloat16).items()}
     leaves = {name: t.requires_grad_() if name in DIFFERENTIABLE else t for name, t in inputs.items()}
     grad = torch.randn_like(inputs["tokens"])

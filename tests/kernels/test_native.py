@@ -11,10 +11,11 @@ import fuzz_native
 import pytest
 import torch
 
-from fila_kernels import native, reference
-from fila_kernels.backends import eager
+from fila_kernels import reference
+from fila_kernels.backends import eager, native
+from fila_kernels.backends.native import library
 
-LOADED, REASON = native.load()
+LOADED, REASON = library.load()
 needs_library = pytest.mark.skipif(not LOADED, reason=f"native library {REASON}")
 
 # Tiles, map height and width, channels, samples a side.
@@ -97,18 +98,16 @@ def test_boxes_off_the_map_read_the_border_cell():
 
 
 @needs_library
-@pytest.mark.parametrize("compiled", [True, False])
-def test_boxes_of_any_finite_size_equal_the_definition(compiled, monkeypatch):
+@pytest.mark.parametrize("backend", [native, eager])
+def test_boxes_of_any_finite_size_equal_the_definition(backend):
     """They start beyond any map, where the box's own frame has no digits left for the map's cells; forward and back."""
-    if not compiled:
-        monkeypatch.setattr(native, "serves", lambda dtype, device: (False, "for the test"))
     edges = torch.tensor([[-3e38, 3e38], [-1e30, 2e30], [-1e17, 1e17], [-1e12, 1e12], [-1e9, 1e9], [2.5, 1e25]])
     boxes = torch.stack([edges, edges.flip(0)], dim=-1).flatten(1)
     features = torch.randn(1, 4, 9, 3, dtype=torch.float64, requires_grad=True)
     index, grad = torch.zeros(len(boxes), dtype=torch.long), torch.randn(len(boxes), 5, 5, 3, dtype=torch.float64)
     want = reference.crop_resize(features, boxes, index, 5)
-    torch.testing.assert_close(eager.crop_resize(features.detach(), boxes, index, 5), want, rtol=0, atol=1e-12)
-    got = eager.crop_resize_backward(grad, boxes, index, (1, 4, 9))
+    torch.testing.assert_close(backend.crop_resize(features.detach(), boxes, index, 5), want, rtol=0, atol=1e-12)
+    got = backend.crop_resize_backward(grad, boxes, index, (1, 4, 9))
     torch.testing.assert_close(got, torch.autograd.grad(want, features, grad)[0], rtol=0, atol=1e-12)
 
 
@@ -494,7 +493,7 @@ def test_only_stable_symbols_are_used():
     """One binary for every torch from 2.11 on: nothing of torch but its C functions, besides the C and C++ runtimes."""
     if shutil.which("nm") is None:
         pytest.skip("nm (binutils) is not installed")
-    listing = subprocess.check_output(["nm", "-D", "--undefined-only", str(native.LIBRARY)], text=True)
+    listing = subprocess.check_output(["nm", "-D", "--undefined-only", str(library.LIBRARY)], text=True)
     symbols = [line.split()[-1] for line in listing.splitlines()]
     of_torch = [name for name in symbols if "@" not in name and not name.startswith(("_ITM_", "__gmon_start__"))]
     assert "torch_library_impl" in of_torch
@@ -506,24 +505,24 @@ def test_only_stable_symbols_are_used():
 
 
 def test_a_missing_library_is_reported_with_its_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libfila_kernels.so")
-    monkeypatch.setattr(native, "FOLDER", tmp_path)
-    assert native.load.__wrapped__()[0] is False
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "libfila_kernels.so")
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    assert library.load.__wrapped__()[0] is False
     (tmp_path / "not_built.txt").write_text("no C++ compiler was found\n")
-    assert native.load.__wrapped__() == (False, "not built: no C++ compiler was found")
+    assert library.load.__wrapped__() == (False, "not built: no C++ compiler was found")
 
 
 @needs_library
 def test_a_library_of_older_sources_is_reported(monkeypatch):
-    monkeypatch.setattr(native, "OPERATORS", (*native.OPERATORS, "of_a_later_version"))
-    loaded, reason = native.load.__wrapped__()
+    monkeypatch.setattr(library, "OPERATORS", (*library.OPERATORS, "of_a_later_version"))
+    loaded, reason = library.load.__wrapped__()
     assert not loaded
     assert "built from older sources and lacks of_a_later_version" in reason
 
 
 def test_a_broken_library_is_reported_not_raised(monkeypatch, tmp_path):
     (tmp_path / "libfila_kernels.so").write_bytes(b"not a library")
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libfila_kernels.so")
-    loaded, reason = native.load.__wrapped__()
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "libfila_kernels.so")
+    loaded, reason = library.load.__wrapped__()
     assert not loaded
     assert "cannot load it" in reason

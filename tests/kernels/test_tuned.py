@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import Case
 
-from fila_kernels import cvfm, planner, tuned
+from fila_kernels import cvfm, dispatch, planner, tuned
 from fila_kernels.backends.triton import configs
 from fila_kernels.call import DIRECTIONS, Shape
 
@@ -37,6 +37,7 @@ ENTRIES = {
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
     tuned.load.cache_clear()
+    monkeypatch.setattr(dispatch, "available", lambda *of: (True, "for a test"))
     yield tmp_path
     tuned.load.cache_clear()
 
@@ -77,7 +78,10 @@ def test_planner_takes_the_table_for_triton_alone(folder, monkeypatch):
     assert near.reasons["forward"].endswith("nearest entry")
     far = planner.choose(SHAPE._replace(tiles=640), torch.bfloat16, device, None, "triton")
     assert far.reasons["forward"].startswith("cost model")
-    assert planner.choose(SHAPE, torch.bfloat16, device).reasons["forward"].startswith("cost model")
+    eager = planner.choose(SHAPE, torch.bfloat16, device, None, "eager")
+    assert eager.reasons["forward"].startswith("cost model")
+    assert plan.configs.nearest("fc2", (2885, 1024, 1024)) == (config(64), True)
+    assert not len(eager.configs)
     requested = planner.choose(SHAPE, torch.bfloat16, device, "sample_first", "triton")
     assert set(requested.reasons.values()) == {"requested by the caller"}
     single = planner.choose(SHAPE, torch.bfloat16, device, "single_pass", "triton")

@@ -59,7 +59,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("change, message", BAD.values(), ids=BAD.keys())
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["native", "eager", "reference"])
 def test_cvfm(change, message, backend):
     inputs = BASE.inputs(torch.float32)
     inputs["image_index"] = torch.tensor([0, 1, 1])

@@ -227,7 +227,7 @@ def test_a_backend_that_cannot_run(ask, monkeypatch):
     from fila_kernels import dispatch
 
     monkeypatch.setattr(dispatch, "available", lambda backend, *of: (False, "there is no abacus here"))
-    one_error(ask("a.png", QUESTION, "--backend", "torch"), "'torch'", "cannot run", "there is no abacus here")
+    one_error(ask("a.png", QUESTION, "--backend", "native"), "'native'", "cannot run", "there is no abacus here")
 
 
 @pytest.mark.parametrize("arguments", [[], ["abacus"], ["--abacus"]])

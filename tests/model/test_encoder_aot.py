@@ -15,9 +15,10 @@ from fila.aot import Encoder, encoder_inputs, export_encoder
 from fila.configuration import FilaVisionConfig
 from fila.image_processing import FilaImageProcessor
 from fila.vision import FilaVisionModel
-from fila_kernels import CVFM, aot, crop_resize, native
+from fila_kernels import CVFM, aot, crop_resize
+from fila_kernels.backends.native import library
 
-LOADED, REASON = native.load()
+LOADED, REASON = library.load()
 needs_library = pytest.mark.skipif(not LOADED, reason=f"native library {REASON}")
 CMAKE = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
 needs_compiler = pytest.mark.skipif(
@@ -130,7 +131,7 @@ def test_the_example_runs():
 
 
 def test_without_the_library_there_is_nothing_to_call(monkeypatch):
-    monkeypatch.setattr(native, "load", lambda: (False, "not built: no C++ compiler was found"))
+    monkeypatch.setattr(library, "load", lambda: (False, "not built: no C++ compiler was found"))
     with pytest.raises(RuntimeError, match="the native library, which is not built: no C"):
         aot.decompositions()
 
@@ -196,7 +197,7 @@ def test_an_exported_encoder_runs_in_a_program_without_python(root, tower, tmp_p
     for sizes in ([(64, 64), (60, 50)], [(30, 70)], [(32, 64)] * 5):
         case = encoder_inputs(tower, pictures(tower, *sizes))
         torch.save(list(case), inputs)
-        done = encode(native.LIBRARY, inputs, output)
+        done = encode(library.LIBRARY, inputs, output)
         assert done.returncode == 0, done.stderr
         got = torch.load(output, weights_only=True)
         assert str(list(got.shape)) in done.stdout
@@ -207,10 +208,10 @@ def test_an_exported_encoder_runs_in_a_program_without_python(root, tower, tmp_p
         assert got.shape == exact.shape
         assert (got - exact).abs().max() <= allowed
 
-    for library, what, message in (
+    for file, what, message in (
         (tmp_path / "libnone.so", inputs, "error: cannot load the operators"),
-        (native.LIBRARY, tmp_path / "none.pt", "error: cannot read"),
+        (library.LIBRARY, tmp_path / "none.pt", "error: cannot read"),
     ):
-        done = encode(library, what, output)
+        done = encode(file, what, output)
         assert (done.returncode, done.stdout) == (1, "")
         assert message in done.stderr

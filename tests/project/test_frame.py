@@ -286,7 +286,8 @@ def test_wheel_without_a_compiler_works_and_says_why(source_copy, tmp_path):
     installed = tmp_path / "installed"
     wheel.extractall(installed)
     code = (
-        "import torch, fila_kernels, fila_kernels.native as n; loaded, why = n.load(); assert not loaded; print(why);"
+        "import torch, fila_kernels, fila_kernels.backends.native.library as n;"
+        "loaded, why = n.load(); assert not loaded; print(why);"
         "print(fila_kernels.crop_resize(torch.ones(1, 4, 4, 2), torch.tensor([[0., 0., 4., 4.]]),"
         "torch.tensor([0]), 2).shape)"
     )

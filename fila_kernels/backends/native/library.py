@@ -1,24 +1,20 @@
 """The compiled library of csrc/: where it is, whether it loads, and if not, why.
 
-After a successful `load` its operators are at `torch.ops.fila`. Nothing in the package needs them to be there.
+After a successful `load` its operators are at `torch.ops.fila`. The backend `native` needs them, no other does.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-FOLDER = Path(__file__).resolve().parent / "lib"
+FOLDER = Path(__file__).resolve().parents[2] / "lib"
 LIBRARY = FOLDER / "libfila_kernels.so"
-
 
 # What this version calls; a library built from older sources lacks some of it.
 OPERATORS = ("build_info", "crop_resize", "crop_resize_backward", "cvfm", "cvfm_forward", "gate_backward")
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-_left_out = False
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 @cache
@@ -41,18 +37,6 @@ def load() -> tuple[bool, str]:
     torch.library.register_fake("fila::cvfm_forward", _cvfm_forward_fake)
     torch.library.register_fake("fila::gate_backward", _gate_backward_fake)
     return True, f"loaded {LIBRARY}"
-
-
-def serves(dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-    """Whether the compiled CPU operators take tensors of this kind, and why or why not."""
-    if device.type != "cpu":
-        return False, f"PyTorch calls: the compiled operators run on the CPU, not on {device.type}"
-    if dtype not in DTYPES:
-        return False, f"PyTorch calls: the compiled operators take float32, bfloat16 and float64, not {dtype}"
-    if _left_out:
-        return False, "PyTorch calls: the compiled operators were left out"
-    loaded, reason = load()
-    return loaded, "compiled CPU operators" if loaded else f"PyTorch calls: the native library is {reason}"
 
 
 class Build(NamedTuple):
@@ -100,17 +84,6 @@ def _describe(found: Build) -> str:
     if not found.architectures:
         return f"no CUDA kernels in the native library: {found.without_cuda}"
     return f"CUDA kernels for {', '.join(found.architectures)}, compiled by nvcc {found.toolkit}"
-
-
-@contextmanager
-def left_out() -> Iterator[None]:
-    """PyTorch calls only, as where nothing was compiled: what the compiled operators are measured against."""
-    global _left_out
-    before, _left_out = _left_out, True
-    try:
-        yield
-    finally:
-        _left_out = before
 
 
 def _on_one_device(*tensors: object) -> None:
