@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.baselines import tuned_eager
 from bench.cases import Case
 from fila_kernels import reference
+from fila_kernels.testing import alpha_terms
 
 Inputs = Mapping[str, Any]
 
@@ -94,22 +94,6 @@ class Gate:
             # Where eager is exact to a rounding of the largest value, that rounding is what errors are held against.
             error = max(error, ours / max(eager, eps * self.largest[name] / 2, torch.finfo(torch.float64).tiny))
         return Verdict(green, error, worst)
-
-
-def alpha_terms(wide: Inputs, grad: Tensor, gate: str, prefix: int) -> Tensor:
-    """How large the partial sums of alpha's gradient grow, in float64: the root of the sum of its terms' squares.
-
-    The terms are |slope dY| (|A| |W2|' + |b2|), the magnitudes whose rounding any way of summing them inherits. `wide`
-    holds the inputs in float64.
-    """
-    patches = wide["tokens"][:, prefix:]
-    size = round(patches.shape[1] ** 0.5)
-    sampled = reference.crop_resize(wide["features"], wide["boxes"], wide["image_index"], size).flatten(1, 2)
-    hidden = F.gelu(F.linear(torch.cat([patches, sampled], -1), wide["fc1_weight"], wide["fc1_bias"]))
-    branch = F.linear(hidden, wide["fc2_weight"], wide["fc2_bias"])
-    size_of_branch = F.linear(hidden.abs(), wide["fc2_weight"].abs(), wide["fc2_bias"].abs())
-    inner = wide["alpha"] * branch if gate == "product" else wide["alpha"]
-    return ((1 - torch.tanh(inner) ** 2) * grad[:, prefix:].double() * size_of_branch).norm()
 
 
 def fractional_verdict(gate: Gate, call: Callable[[], Tensor], inputs: Inputs, prefix: int) -> Verdict:

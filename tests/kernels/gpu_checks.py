@@ -6,11 +6,10 @@ The definition runs in float64 on the CPU, so that nothing a driver does can mak
 from collections.abc import Callable, Mapping
 
 import torch
-from cases import DIFFERENTIABLE, Case, assert_close, gradients, options
 from torch import Tensor
 
-from bench.verify import alpha_terms
 from fila_kernels import cvfm, reference
+from fila_kernels.testing import DIFFERENTIABLE, Case, alpha_terms, assert_close, gradients, in_double, options
 
 Inputs = Mapping[str, Tensor]
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -47,10 +46,6 @@ def placed(tensor: Tensor, device: str) -> Tensor:
 
 def on_device(inputs: Inputs, device: str) -> dict[str, Tensor]:
     return {name: placed(tensor, device) for name, tensor in inputs.items()}
-
-
-def in_double(inputs: Inputs) -> dict[str, Tensor]:
-    return {name: tensor.double() if name in DIFFERENTIABLE else tensor for name, tensor in inputs.items()}
 
 
 def gradient_for(inputs: Inputs) -> Tensor:

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, Case
 from torch import Tensor
+
+from fila_kernels.testing import CASES, Case
 
 GUARD = 64  # elements on either side: more than any vector access, and a multiple of 16 bytes
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, assert_close, ids
 
 from fila_kernels import crop_resize, dispatch, reference
+from fila_kernels.testing import CASES, Case, assert_close, ids
 
 IMPLEMENTATIONS = {"reference": reference.crop_resize, "planned": crop_resize}
 

@@ -5,11 +5,21 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, DIFFERENTIABLE, REAL, Case, assert_close, gradients, ids, options
 
-from bench.verify import alpha_terms
 from fila_kernels import cvfm, planner, reference
 from fila_kernels.call import Plan
+from fila_kernels.testing import (
+    CASES,
+    DIFFERENTIABLE,
+    REAL,
+    Case,
+    alpha_terms,
+    assert_close,
+    gradients,
+    ids,
+    in_double,
+    options,
+)
 
 PLANS = ("sample_first", "project_first")
 GATES = ("product", "scale")
@@ -54,7 +64,7 @@ def test_whole_boxes_equal_slice_interpolate_cat_mlp_gate(name, plan, gate):
 @pytest.mark.parametrize("gate", GATES)
 def test_output_and_every_gradient(case, dtype, plan, gate):
     inputs = case.inputs(dtype)
-    exact_inputs = {name: t.double() if t.is_floating_point() and name != "boxes" else t for name, t in inputs.items()}
+    exact_inputs = in_double(inputs)
     grad = torch.randn(inputs["tokens"].shape, dtype=torch.float64).to(dtype)
     settings = {"gate": gate, **options(case)}
     exact, exact_gradients = gradients(reference.cvfm, exact_inputs, grad, **settings)
@@ -83,7 +93,7 @@ def test_each_direction_has_its_own_plan(chosen, backend, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_real_shape(dtype):
     inputs = REAL.inputs(dtype)
-    exact_inputs = {name: t.double() if t.is_floating_point() and name != "boxes" else t for name, t in inputs.items()}
+    exact_inputs = in_double(inputs)
     settings = options(REAL)
     exact, eager = reference.cvfm(**exact_inputs, **settings), reference.cvfm(**inputs, **settings)
     for plan in PLANS:

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from cases import Case
 
 from fila_kernels import crop_resize, cvfm, dispatch, explain, info, planner
 from fila_kernels.backends.native import library
 from fila_kernels.call import Shape
+from fila_kernels.testing import Case
 
 SHAPE = Shape(5, 1, 24, 1024, 1024, 1536, 1, 24, 24)
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import DIFFERENTIABLE, Case, assert_wild_tile, gradients
 
 from fila_kernels import cvfm, reference
+from fila_kernels.testing import DIFFERENTIABLE, Case, assert_wild_tile, gradients
 
 GATES = ("product", "scale")
 IMPLEMENTATIONS = {"reference": reference.cvfm, "planned": cvfm}

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, DIFFERENTIABLE, REAL, Case, gradients, ids
 from gpu_checks import aligned_slice, channels_first, check, on_device, unchanged
 from interpreter import ALIGNED, UNALIGNED
 
 from fila_kernels import crop_resize, cvfm, dispatch
+from fila_kernels.testing import CASES, DIFFERENTIABLE, REAL, Case, gradients, ids
 
 BACKENDS = dispatch.candidates(torch.device("cuda", 0)).names if torch.cuda.is_available() else ()
 pytestmark = [

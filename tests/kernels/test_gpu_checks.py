@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import Case
 from gpu_checks import aligned_slice, channels_first, check, unchanged
 
 from fila_kernels import cvfm
+from fila_kernels.testing import Case
 
 CASE = Case("small", prefix=2, token_width=16, hidden_width=24, feature_width=8, boxes="overlapping")
 

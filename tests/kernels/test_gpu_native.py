@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, Case, assert_close, ids, options
 from gpu_checks import check, on_device
 
 from fila_kernels import cvfm, dispatch, reference
 from fila_kernels.backends import native, products
 from fila_kernels.backends.native import library
+from fila_kernels.testing import CASES, Case, assert_close, ids, options
 
 USABLE, REASON = dispatch.available("native", torch.device("cuda", 0))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not USABLE, reason=REASON)]

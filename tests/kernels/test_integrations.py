@@ -12,13 +12,13 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from cases import DIFFERENTIABLE, Case, gradients
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fila_kernels import CVFM, cvfm, dispatch, flops, reference
+from fila_kernels.testing import DIFFERENTIABLE, Case, gradients
 
 CASE = Case("integration", tiles=4, images=2)
 WORLD = 2

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import Case
 from torch import nn
 
 from fila_kernels import CVFM
+from fila_kernels.testing import Case
 
 
 def arguments(dtype=torch.float32):

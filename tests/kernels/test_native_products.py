@@ -9,13 +9,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import CASES, DIFFERENTIABLE, Case, assert_close, gradients, ids, options
 
-from bench.verify import alpha_terms
 from fila_kernels import crop_resize, cvfm, dispatch, reference
 from fila_kernels.backends import native, products
 from fila_kernels.backends.native import library
 from fila_kernels.call import Plan, Shape
+from fila_kernels.testing import (
+    CASES,
+    DIFFERENTIABLE,
+    Case,
+    alpha_terms,
+    assert_close,
+    gradients,
+    ids,
+    in_double,
+    options,
+)
 
 pytestmark = pytest.mark.skipif(not library.load()[0], reason=f"native library {library.load()[1]}")
 
@@ -32,7 +41,7 @@ def composed(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_matrix(case, plan, gate):
     inputs = case.inputs(torch.float32)
-    wide = {name: t.double() if name in DIFFERENTIABLE else t for name, t in inputs.items()}
+    wide = in_double(inputs)
     grad = torch.randn(inputs["tokens"].shape, generator=torch.Generator().manual_seed(1))
     settings = options(case) | {"gate": gate}
     exact_out, exact = gradients(reference.cvfm, wide, grad.double(), **settings)

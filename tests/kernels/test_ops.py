@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import DIFFERENTIABLE, Case, gradients
 from torch.utils.checkpoint import checkpoint
 
 import fila_kernels
 from fila_kernels import CVFM, crop_resize, cvfm
+from fila_kernels.testing import DIFFERENTIABLE, Case, gradients
 
 OPS = torch.ops.fila_kernels
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import Case, assert_close, ids
 from interpreter import MATRIX, guarded, guards  # noqa: F401
 from test_crop_resize import sliced
 
 from fila_kernels import crop_resize, reference
+from fila_kernels.testing import Case, assert_close, ids
 
 
 def run(features, boxes, image_index, size):

@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from cases import DIFFERENTIABLE, Case, assert_close, assert_wild_tile, gradients, ids, options
 from interpreter import ALIGNED, MATRIX, UNALIGNED, guarded, guards  # noqa: F401
 
-from bench.verify import alpha_terms
 from fila_kernels import cvfm, reference
+from fila_kernels.testing import (
+    DIFFERENTIABLE,
+    Case,
+    alpha_terms,
+    assert_close,
+    assert_wild_tile,
+    gradients,
+    ids,
+    in_double,
+    options,
+)
 
 PLANS = ("sample_first", "project_first")
 GATES = ("product", "scale")
@@ -15,7 +24,7 @@ SMALL = Case("small", tiles=2, images=2)
 
 def check(case: Case, dtype: torch.dtype, gate: str, wanted=DIFFERENTIABLE, **settings) -> None:
     inputs = {name: guarded(tensor) for name, tensor in case.inputs(dtype).items()}
-    exact_inputs = {name: t.double() if t.is_floating_point() and name != "boxes" else t for name, t in inputs.items()}
+    exact_inputs = in_double(inputs)
     grad = guarded(torch.randn(inputs["tokens"].shape, dtype=torch.float64).to(dtype))
     common = {"gate": gate, **options(case)}
     exact, exact_gradients = gradients(reference.cvfm, exact_inputs, grad, wanted, **common)

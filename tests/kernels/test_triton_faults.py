@@ -8,10 +8,10 @@ import pytest
 import test_triton_crop_resize
 import test_triton_cvfm
 import torch
-from cases import Case
 from interpreter import Guards, guards  # noqa: F401
 
 from fila_kernels.backends.triton import crop_resize, epilogue, gemm, pointwise
+from fila_kernels.testing import Case
 
 CASE = Case("fault", tiles=2, images=1, prefix=2, boxes="overlapping")
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import DIFFERENTIABLE, Case, gradients
 
 from fila_kernels import CVFM, crop_resize, cvfm, dispatch, explain
+from fila_kernels.testing import DIFFERENTIABLE, Case, gradients, in_double
 
 OPS = torch.ops.fila_kernels
 CASE = Case("ops", tiles=2, images=1)
@@ -66,7 +66,7 @@ def test_closed_gate_returns_the_tokens_and_finite_gradients(gate, where, recomp
     inputs[where][poison] = float("inf") if where == "fc2_weight" else float("nan")
     grad = torch.randn_like(inputs["tokens"])
     out, found = gradients(cvfm, inputs, grad, gate=gate, backend="triton", recompute=recompute)
-    wide = {name: t.double() if name in DIFFERENTIABLE else t for name, t in inputs.items()}
+    wide = in_double(inputs)
     _, expected = gradients(cvfm, wide, grad, gate=gate, backend="reference")
     assert torch.equal(out.nan_to_num(), inputs["tokens"].nan_to_num())
     assert torch.equal(found["tokens"], grad)

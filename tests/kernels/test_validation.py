@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import Case
 
 from fila_kernels import crop_resize, cvfm
+from fila_kernels.testing import Case
 
 BASE = Case("bad")
 

@@ -17,6 +17,7 @@ from fila.image_processing import FilaImageProcessor
 from fila.vision import FilaVisionModel
 from fila_kernels import CVFM, aot, crop_resize
 from fila_kernels.backends.native import library
+from fila_kernels.testing import assert_close
 
 LOADED, REASON = library.load()
 needs_library = pytest.mark.skipif(not LOADED, reason=f"native library {REASON}")
@@ -204,9 +205,7 @@ def test_an_exported_encoder_runs_in_a_program_without_python(root, tower, tmp_p
         with torch.no_grad():
             eager = Encoder(tower)(*case)
             exact = precise(case[0].double(), case[1].double(), *case[2:])
-        allowed = 2 * ((eager - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max())
-        assert got.shape == exact.shape
-        assert (got - exact).abs().max() <= allowed
+        assert_close("tokens", got, exact, eager)
 
     for file, what, message in (
         (tmp_path / "libnone.so", inputs, "error: cannot load the operators"),

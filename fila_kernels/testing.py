@@ -1,9 +1,21 @@
-"""The case matrix that every operation is tested on, and the comparison that every test uses."""
+"""The one error bound and the one case matrix, for everything that judges an implementation: tests, bench and fuzz.
 
+A result is right where it is about as exact as eager PyTorch in the same dtype, judged in float64::
+
+    max |found - exact| <= 2 (max |eager - exact| + eps max |exact|)
+"""
+
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fila_kernels import reference
+from fila_kernels.call import grid_side
 
 PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "alpha")
 DIFFERENTIABLE = ("tokens", "features", *PARAMETERS)
@@ -130,14 +142,27 @@ REAL = Case(
 
 
 def ids(case: Case) -> str:
+    """The name of a case, for pytest."""
     return case.name
 
 
 def options(case: Case) -> dict[str, int]:
+    """The settings of `cvfm` that a case's inputs go with."""
     return {"num_prefix_tokens": case.prefix}
 
 
-def gradients(function, inputs: dict[str, Tensor], grad: Tensor, wanted=DIFFERENTIABLE, **settings):
+def in_double(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Float tensors in float64, but for boxes, whose float32 is part of the definition."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() and name != "boxes" else value
+        for name, value in inputs.items()
+    }
+
+
+def gradients(
+    function: Callable[..., Tensor], inputs: Mapping[str, Tensor], grad: Tensor,
+    wanted: tuple[str, ...] = DIFFERENTIABLE, **settings: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The result of `function` and the gradients of the inputs named in `wanted`."""
     leaves = {
         name: tensor.detach().requires_grad_(name in wanted) if tensor.is_floating_point() else tensor
@@ -148,32 +173,87 @@ def gradients(function, inputs: dict[str, Tensor], grad: Tensor, wanted=DIFFEREN
     return out.detach(), dict(zip(wanted, found, strict=True))
 
 
-def assert_close(name: str, found: Tensor, exact: Tensor, eager: Tensor, largest: Tensor | None = None) -> None:
-    """|found - exact| <= 2 (max |eager - exact| + eps max |exact|), `exact` in float64, `eager` in `found`'s dtype.
+def bound(dtype: torch.dtype, eager_error: float, largest: float) -> float:
+    """The largest error that a result of `dtype` may have.
 
-    In float64 itself, where eager is the definition, the bound is 1e-12 of the largest value, or of 1. `largest` stands
-    in for max |exact| where the result is one sum that may cancel: it is then the size of the sum's terms.
+    Args:
+        eager_error: max |eager - exact|, eager PyTorch's in the same dtype.
+        largest: max |exact|; for one sum that may cancel, the size of its terms. In float64 itself, where eager is the
+            definition, the bound is 1e-12 of it, or of 1.
     """
-    assert found.shape == exact.shape, f"{name}: shape {list(found.shape)}, expected {list(exact.shape)}"
-    assert found.dtype == eager.dtype, f"{name}: dtype {found.dtype}, expected {eager.dtype}"
+    if not math.isfinite(eager_error):
+        return 0.0  # eager has nothing to say
+    if dtype == torch.float64:
+        return 1e-12 * max(largest, 1.0)
+    return 2 * (eager_error + torch.finfo(dtype).eps * largest)
+
+
+def error_of(found: Tensor, exact: Tensor) -> float:
+    """max |found - exact| in float64; infinite if an entry is NaN."""
     if exact.numel() == 0:
-        return
-    exact = exact.double()
-    error = (found.double() - exact).abs()
-    worst = int(error.nan_to_num(nan=float("inf")).argmax())
+        return 0.0
+    return float((found.detach().double() - exact.detach().double()).abs().max().nan_to_num(nan=float("inf")))
+
+
+class Comparison(NamedTuple):
+    """How a result compares with the bound."""
+
+    error: float
+    bound: float
+    worst: str  # where the error is largest, what was found there and what was expected
+
+    @property
+    def close(self) -> bool:
+        return self.error <= self.bound
+
+
+def compare(found: Tensor, exact: Tensor, eager: Tensor | float, largest: Tensor | float | None = None) -> Comparison:
+    """Hold `found` against `exact`, which is in float64.
+
+    Args:
+        eager: eager PyTorch's result in the dtype of `found`, or its error where that is known.
+        largest: as in `bound`, where max |exact| is not what roundings scale with.
+    """
+    if exact.numel() == 0:
+        return Comparison(0.0, 0.0, "nowhere: it is empty")
+    found, exact = found.detach(), exact.detach().double()
+    errors = (found.double() - exact).abs().nan_to_num(nan=float("inf"))
+    worst = int(errors.argmax())
     where = tuple(int(index) for index in torch.unravel_index(torch.tensor(worst), exact.shape))
-    largest = exact.abs().max() if largest is None else largest
-    if found.dtype == torch.float64:
-        bound = 1e-12 * largest.clamp(min=1)
-    else:
-        bound = 2 * ((eager.double() - exact).abs().max() + torch.finfo(found.dtype).eps * largest)
-    assert bool(error.flatten()[worst] <= bound), (
-        f"{name}: error {float(error.flatten()[worst]):.3e} above {float(bound):.3e} at {where}: "
-        f"got {float(found[where]):.8g}, expected {float(exact[where]):.8g}"
-    )
+    eager_error = eager if isinstance(eager, float) else error_of(eager, exact)
+    allowed = bound(found.dtype, eager_error, float(exact.abs().max() if largest is None else largest))
+    there = f"at {where}: got {float(found[where]):.8g}, expected {float(exact[where]):.8g}"
+    return Comparison(float(errors.flatten()[worst]), allowed, there)
 
 
-def assert_wild_tile(out: Tensor, inputs: dict[str, Tensor]) -> None:
+def assert_close(
+    name: str, found: Tensor, exact: Tensor, eager: Tensor | float, largest: Tensor | float | None = None
+) -> None:
+    """Raise `AssertionError`, with the worst coordinates, unless `compare` finds the result within the bound."""
+    assert found.shape == exact.shape, f"{name}: shape {list(found.shape)}, expected {list(exact.shape)}"
+    if isinstance(eager, Tensor):
+        assert found.dtype == eager.dtype, f"{name}: dtype {found.dtype}, expected {eager.dtype}"
+    result = compare(found, exact, eager, largest)
+    assert result.close, f"{name}: error {result.error:.3e} above {result.bound:.3e} {result.worst}"
+
+
+def alpha_terms(wide: Mapping[str, Any], grad: Tensor, gate: str, prefix: int) -> Tensor:
+    """How large the partial sums of alpha's gradient grow, in float64: the root of the sum of its terms' squares.
+
+    The terms are |slope dY| (|A| |W2|' + |b2|), the magnitudes whose rounding any way of summing them inherits. `wide`
+    holds the inputs in float64.
+    """
+    patches = wide["tokens"][:, prefix:]
+    size = grid_side(patches.shape[1])
+    sampled = reference.crop_resize(wide["features"], wide["boxes"], wide["image_index"], size).flatten(1, 2)
+    hidden = F.gelu(F.linear(torch.cat([patches, sampled], -1), wide["fc1_weight"], wide["fc1_bias"]))
+    branch = F.linear(hidden, wide["fc2_weight"], wide["fc2_bias"])
+    size_of_branch = F.linear(hidden.abs(), wide["fc2_weight"].abs(), wide["fc2_bias"].abs())
+    inner = wide["alpha"] * branch if gate == "product" else wide["alpha"]
+    return ((1 - torch.tanh(inner) ** 2) * grad[:, prefix:].double() * size_of_branch).norm()
+
+
+def assert_wild_tile(out: Tensor, inputs: Mapping[str, Tensor]) -> None:
     """Tile 1 of three had a NaN box: its patch tokens are NaN, all else is finite, and a closed gate shows nothing."""
     if inputs["alpha"] == 0:
         assert torch.equal(out, inputs["tokens"])
