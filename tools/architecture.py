@@ -38,10 +38,12 @@ LAYERS = {
         ("inputs", "processing fusion"),
         ("", "image_processing"),
         ("settings", "configuration images"),
+        ("", "image_samples"),
+        ("", "image_files"),
         ("base", "geometry errors"),
     ),
     "fila_kernels": (
-        ("public names", "__init__ info aot"),
+        ("public names", "__init__ info aot testing"),
         ("", "module"),
         ("functions", "functional flops"),
         ("operators", "ops"),
@@ -49,8 +51,7 @@ LAYERS = {
         ("", "dispatch tuned"),
         ("backends", "backends.triton backends.native backends.eager"),
         ("", "backends.products"),
-        ("definition", "testing"),
-        ("", "validation reference sampling"),
+        ("definition", "validation reference sampling"),
         ("base", "call"),
     ),
 }
