@@ -1,16 +1,15 @@
-"""Out of Python: exported graphs that call the operators of the native library in place of this package's own.
+"""Decompositions for torch.export, with which an exported graph calls the native library and runs without Python.
 
-The operators of namespace `fila_kernels` are registered in Python, so that a C++ process has none of them. Those of
-`fila` come with libfila_kernels.so: a process that loads it (`dlopen` will do) runs what was exported like this::
+The operators of namespace `fila_kernels` are registered in Python, so a C++ process has none of them. Those of `fila`
+come with libfila_kernels.so. A process that loads the library (`dlopen` is enough) runs what was exported like this::
 
     with torch.no_grad():
         exported = torch.export.export(module, arguments, dynamic_shapes=...)
     exported = exported.run_decompositions(fila_kernels.aot.decompositions())
     torch._inductor.aoti_compile_and_package(exported, package_path="module.pt2")
 
-The plan is settled on the way, from the sizes of the example arguments where sizes are dynamic: every plan is exact,
-and this one then serves all sizes. Values of boxes and indices are not looked at, as in any compiled graph; any is
-safe.
+The plan is fixed at export, from the sizes of the example arguments where sizes are dynamic; every plan is exact, so it
+serves all sizes. Values of boxes and indices are not checked, as in any compiled graph; any value is safe.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""What one call consists of: its sizes, the plan for each direction, and the arguments that a backend is handed.
+"""Types of one call: sizes (`Shape`), the plan of each direction (`Plan`), a backend's arguments (`Call`, `Needs`).
 
-Everything above and below agrees on these types. The planner makes a `Plan`, the operators make a `Call` with it, and a
-backend reads both: it never asks for a plan or a launch config of its own.
+The planner makes a `Plan`, the operators make a `Call` with it, and a backend reads both. A backend never asks for a
+plan or a launch config.
 """
 
 import math

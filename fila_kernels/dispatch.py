@@ -1,4 +1,4 @@
-"""Which backends can run a call, in which order they are tried, and why the others cannot.
+"""Finds the backends that can run a call, in the order in which they are tried, and why the others cannot.
 
     auto, CUDA tensors      triton, native, eager: the first that can run
     auto, other tensors     native, eager

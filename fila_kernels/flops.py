@@ -1,4 +1,4 @@
-"""Formulas for `torch.utils.flop_counter`, which cannot see into an operator.
+"""Registers FLOP formulas for `torch.utils.flop_counter`, which cannot see into an operator.
 
 Call `register` once; a counter that meets an operator without a formula counts zero for it in silence::
 
@@ -7,9 +7,9 @@ Call `register` once; a counter that meets an operator without a formula counts 
     with torch.utils.flop_counter.FlopCounterMode() as counter:
         module(*arguments)
 
-Counted is what eager PyTorch's matrix products of the same pass would be, as for every other operator: the
-definition's, whatever the plan saves, only the gradients that are wanted, and the forward pass again where nothing was
-kept.
+The count is that of eager PyTorch's matrix products in the same pass, as for every other operator. It is the
+definition's whatever the plan saves, includes only the gradients that are wanted, and includes the forward pass again
+where nothing was saved.
 """
 
 from collections.abc import Sequence

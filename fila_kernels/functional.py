@@ -1,4 +1,4 @@
-"""The public functions: they validate once, pick the backend, and carry autograd outside the operators."""
+"""The public functions. They validate their arguments once and hold the autograd, outside the operators."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What this installation can do: `python -m fila_kernels.info`."""
+"""Prints what this installation can do: `python -m fila_kernels.info`."""
 
 import argparse
 import importlib.metadata

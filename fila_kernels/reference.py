@@ -1,4 +1,4 @@
-"""The definition of the operation in plain PyTorch. Every backend is judged against this file run in float64.
+"""The definition of the operation in plain PyTorch. Tests judge every backend against this file run in float64.
 
 Shapes: B images, T tiles, P prefix tokens, G grid side, N = G * G, D token width, C feature channels, H hidden width.
 It is written to be read beside the equations in ``docs`` and is never optimised.

@@ -1,7 +1,7 @@
-"""From boxes to taps and weights, and back from cells to the samples that read them.
+"""Turns boxes into taps (the cells that each sample reads) and weights, and finds the samples that read each cell.
 
 One table serves both directions: the forward pass adds up the taps of each sample, the backward pass the samples of
-each cell. Both are "weighted bags of rows", which is the one primitive a backend needs, and neither needs atomics.
+each cell. Both are weighted bags of rows, the one primitive that a backend needs, and neither needs atomics.
 """
 
 from typing import NamedTuple

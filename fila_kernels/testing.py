@@ -1,6 +1,6 @@
-"""The one error bound and the one case matrix, for everything that judges an implementation: tests, bench and fuzz.
+"""Holds the error bound and the case matrix that tests, bench and fuzz share.
 
-A result is right where it is about as exact as eager PyTorch in the same dtype, judged in float64::
+A result is right if it is about as exact as eager PyTorch in the same dtype, judged in float64::
 
     max |found - exact| <= 2 (max |eager - exact| + eps max |exact|)
 """

@@ -1,4 +1,4 @@
-"""Tuned tables: `tables/<device>.json`, written by `bench/tune.py` on the device itself, read here and nowhere else.
+"""Reads tuned tables: `tables/<device>.json`, which `bench/tune.py` writes on the device itself.
 
 A table has the schema's number, the device's name, measured plans and measured configs::
 
@@ -8,8 +8,8 @@ A table has the schema's number, the device's name, measured plans and measured 
      "configs": [{"kernel": "fc1", "problem": [23080, 1024, 1216], "dtype": "bfloat16",
                   "config": {"block_m": 128, ...}}]}
 
-An entry stands for every problem whose sizes are all within a factor of two of its own; the nearest one is taken. Plans
-and configs are plain values here: what a kernel makes of its config is the backend's affair.
+An entry stands for every problem whose sizes are all within a factor of two of its own; the nearest entry is taken.
+Plans and configs are plain values here; the backend interprets a config.
 """
 
 import json

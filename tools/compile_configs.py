@@ -3,8 +3,8 @@
     python -m tools.compile_configs                         # by the installed Triton; make test-aot: by 3.6.0 too
     python -m tools.compile_configs --arch 90 --dtype float16
 
-Two processes share the work. Rows are written as they come, and what the file holds of the same sources and Triton is
-not compiled again, so that the command can be stopped and given once more. `tools/documents.py` makes the tables of
+Two processes share the work. Rows are written as they come, and rows of the same sources and Triton are not compiled
+again, so the command can be stopped and repeated. `tools/documents.py` makes the tables of
 docs/kernels.md from the file. Exit 1 where a kernel is not as intended.
 """
 

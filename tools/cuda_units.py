@@ -1,11 +1,11 @@
-"""Compiles the units of csrc/cuda one by one for each architecture, and looks at what came out; needs no GPU.
+"""Compiles the units of csrc/cuda one by one for each architecture, and checks the binaries; needs no GPU.
 
-    python tools/cuda_units.py                  # compile all, say what is wrong, record; fills docs/cuda.md
-    python tools/cuda_units.py -k crop_resize   # some of them, to look at; records nothing
-    python tools/cuda_units.py --table          # only the table, from the record
+    python tools/cuda_units.py                  # compile all, name the faults, record, fill docs/cuda.md
+    python tools/cuda_units.py -k crop_resize   # compile some; records nothing
+    python tools/cuda_units.py --table          # write only the table, from the record
 
-The commands are CMake's own, one architecture at a time. Recorded of each: kernels, registers, spills, stack, the
-instructions that its name promises, processor seconds and peak memory. `faults` says what is wrong with a unit.
+The commands are CMake's own, one architecture at a time. The record holds kernels, registers, spills, stack, the
+instructions that the unit's name promises, processor seconds and peak memory. `faults` names a unit's faults.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: `make test-sanitize`.
+"""Tests the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: `make test-sanitize`.
 
 Builds the library and csrc/tests with both sanitizers (into build/sanitize), then runs the C++ tests,
-tests/kernels/test_native.py and part of the fuzz over that library. Planted faults, in C++ and in Python, show that a
-fault would have been seen.
+tests/kernels/test_native.py and part of the fuzz over that library. Faults planted in C++ and in
+Python show that the sanitizers find them.
 """
 
 import os

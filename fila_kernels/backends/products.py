@@ -1,12 +1,12 @@
-"""The operation as few, large matrix products of torch's around another backend's sampling steps.
+"""Composes the operation of few, large matrix products by torch, around another backend's sampling steps.
 
 `eager` and `native` share this composition. Letters: T tiles, N patch tokens per tile, D token width, C feature
 channels, H hidden width.
 
-Forward: rows go through in chunks of whole tiles, which keeps the hidden activation in cache and the extra memory
-small. [X ; S] exists for one chunk at a time: two products into one buffer take as long, and round the sum twice.
-Backward: deterministic, one writer per element, saved tensors only read. Beside the results it holds two buffers of
-[T * N, max(D, H)]: dM, and A, whose place dZ takes chunk by chunk.
+The forward pass takes rows in chunks of whole tiles, so that the hidden activation stays in cache and the extra memory
+small. [X ; S] exists for one chunk at a time; two products into one buffer take as long, and round the sum twice. The
+backward pass is deterministic: one writer per element, and saved tensors are only read. Beside the results it holds two
+buffers of [T * N, max(D, H)]: dM, and A, which dZ overwrites chunk by chunk.
 """
 
 from collections.abc import Callable, Iterable, Iterator

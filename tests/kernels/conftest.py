@@ -1,6 +1,6 @@
-"""Both backends that run on any machine answer to the same tests: the compiled one and the one of PyTorch calls.
+"""Runs the same tests over both backends of any machine: the compiled one and the one of PyTorch calls.
 
-Interpreted Triton kernels have processes of their own, see test_interpreter.py; elsewhere they are not collected.
+Tests of interpreted Triton kernels run in processes of their own (test_interpreter.py) and are not collected elsewhere.
 """
 
 import os

@@ -1,9 +1,9 @@
 """Throws mutated arguments at the native operators: `python tests/kernels/fuzz_native.py COUNT SEED`.
 
-Every call must return what the definition says or raise ValueError (our refusal) or RuntimeError (torch's own, for what
-cannot be a call at all). Anything else is a failure, and a crash ends the process, so the tests run it in one of its
-own. Values are judged where inputs are small and tame; huge and non-finite ones have tests of their own. Prints how
-many calls ran, were refused and were judged by value.
+Every call must return what the definition says, or raise ValueError (our refusal) or RuntimeError (torch's own, for
+arguments of no call at all). Anything else is a failure. A crash ends the process, so the tests run the fuzz in a
+process of its own. Values are compared where inputs are small and finite; others have tests of their own. Prints how
+many calls ran, how many were refused, and how many were compared.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""What test_gpu.py asks of a backend on a device; test_gpu_checks.py asks the same on a CPU.
+"""The checks of a backend on a device: test_gpu.py runs them on a GPU, test_gpu_checks.py on a CPU.
 
-The definition runs in float64 on the CPU, so that nothing a driver does can make both sides wrong alike.
+The definition runs in float64 on the CPU, so that a driver's fault cannot make both sides wrong alike.
 """
 
 from collections.abc import Callable, Mapping

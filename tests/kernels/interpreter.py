@@ -1,7 +1,7 @@
-"""What the interpreted tests share: cases sized for it, and memory that shows a stray read, a stray write or a gap.
+"""Cases sized for Triton's interpreter, and memory that shows a stray read, a stray write or a gap.
 
-Every tensor that a kernel may touch lies between guards. Floating point memory starts as NaN, so that an element that
-nobody writes, or a value from beyond the end, shows in the result; guards must hold what they held.
+Every tensor that a kernel may touch lies between guards. Floating-point memory starts as NaN, so an element that is
+never written, or a value from beyond the end, shows in the result. Guards must keep their contents.
 """
 
 import math

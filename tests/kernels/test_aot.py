@@ -1,7 +1,7 @@
-"""The kernels compiled ahead of time for architectures that are not here: limits, registers, and instructions.
+"""The Triton kernels compiled ahead of time for architectures that need not be present: limits and instructions.
 
-`make test` compiles the default configs, `make test-aot` everything that the tuner would try. What a kernel computes is
-the interpreter's to show; here a compiler that gave up shows, or one that took another road than the one meant.
+`make test` compiles the default configs, `make test-aot` everything that the tuner would try. The interpreted
+tests check what a kernel computes; these find a compiler that gave up or emitted other instructions than intended.
 """
 
 from dataclasses import replace

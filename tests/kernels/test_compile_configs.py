@@ -1,4 +1,4 @@
-"""`make test-aot` without its compilations: what it would compile, and that a second run goes on with the first."""
+"""`make test-aot` without its compilations: the list of what it compiles, and that a second run resumes the first."""
 
 import csv
 from concurrent.futures import ThreadPoolExecutor

@@ -1,6 +1,6 @@
 """The build of the CUDA half of csrc/: what csrc/discover.cmake and setup.py decide, and one library for any torch.
 
-Compiling needs nvcc and the headers of CUTLASS, and no GPU; without them those tests are skipped.
+Tests that compile need nvcc and the headers of CUTLASS, and no GPU; they are skipped without these.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""What CUTLASS's device code does with our operands, executed on the host: needs its headers and CUDA's, and no GPU."""
+"""CUTLASS's device code on our operands, executed on the host: needs its headers and CUDA's, and no GPU."""
 
 import subprocess
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""What the checker of csrc/cuda's units finds, the units that are quick to compile, and the record of all.
+"""The checker of csrc/cuda's units: planted faults, the units that are quick to compile, and the record of all.
 
-Compiling needs nvcc and the headers of CUTLASS, and no GPU; without them those tests are skipped.
+Tests that compile need nvcc and the headers of CUTLASS, and no GPU; they are skipped without these.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Planner, resolver and report: which way is taken, and why."""
+"""Planner, resolver and report: the plan and backend that are chosen, and the reason given."""
 
 import json
 

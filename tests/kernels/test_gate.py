@@ -1,4 +1,4 @@
-"""What a gate of zero does to a branch that is not finite, on both gates and in both implementations."""
+"""A gate of zero stops a branch that is not finite: both gates, both implementations."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Every backend that runs on this GPU over the case matrix, forward and backward, against the definition in float64.
 
-`make gpu` runs the tests marked gpu before it times anything. What is checked, and how, is in gpu_checks.py.
+`make gpu` runs the tests marked gpu before it times anything. gpu_checks.py holds the checks.
 """
 
 from dataclasses import replace

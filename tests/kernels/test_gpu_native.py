@@ -1,7 +1,7 @@
-"""The compiled CUDA operators called directly, on a GPU: what they refuse, layouts, streams, graphs and large maps.
+"""The compiled CUDA operators called directly on a GPU: refused arguments, layouts, streams, graphs and large maps.
 
-The case matrix runs in test_gpu.py, on this backend as on all; its widths are too odd for the compiled products, so
-here it runs again at widths that those take.
+test_gpu.py runs the case matrix on this backend as on all. The compiled products do not take its odd widths, so it
+runs here again at widths that they take.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What `import fila_kernels` brings along: nothing heavy beyond what `import torch` does itself."""
+"""`import fila_kernels` imports nothing heavy beyond what `import torch` imports."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
-"""Where users put the operation: compiled, distributed, checkpointed, with adapters, under a FLOP counter, in a graph.
+"""The operation where users put it: compiled, distributed, checkpointed, with adapters, counted, in a graph.
 
-Two processes with gloo stand for a cluster; what they compute must be what one process computes on all tiles.
+Two processes with gloo stand for a cluster; their result must equal that of one process on all tiles.
 """
 
 import copy

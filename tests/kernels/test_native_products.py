@@ -1,7 +1,7 @@
-"""The composition around `native`'s sampling steps, which a GPU takes: its operators have the same schemas on the CPU.
+"""The composition that `native` uses on a GPU, run on CPU tensors, where its operators have the same schemas.
 
-What this leaves out, the kernels themselves, is compiled by test_cuda_build.py, walked through on the host by
-csrc/tests, and run by test_gpu.py where there is a GPU.
+The kernels themselves are compiled by test_cuda_build.py, walked through on the host by csrc/tests, and run by
+test_gpu.py where there is a GPU.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The operators under PyTorch's own machinery: opcheck, compile, autocast, checkpointing."""
+"""The operators under opcheck, torch.compile, autocast and checkpointing."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The tuner and the products' benchmark over interpreted kernels: what a GPU is asked to do is done here, small."""
+"""The tuner and the products' benchmark over interpreted kernels: the steps of a GPU run, at small sizes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The checks themselves: each planted fault, of a kind that kernels have had, must turn them red."""
+"""The checks themselves: each planted fault, of a kind that kernels have had, must be found."""
 
 import importlib.util
 import sys

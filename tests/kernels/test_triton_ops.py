@@ -1,4 +1,4 @@
-"""The operators around interpreted kernels under PyTorch's own machinery, and what a closed gate silences."""
+"""The operators around interpreted kernels under opcheck and torch.compile, and the effect of a closed gate."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tuned tables: which entry stands for a problem, and what happens without one."""
+"""Tuned tables: the entry that stands for a problem, and the behaviour without one."""
 
 import json
 import warnings

@@ -1,9 +1,9 @@
 """The `native` backend: the compiled kernels of csrc, for CPU and CUDA tensors.
 
-On a CPU the forward pass is one operator. On a GPU it is one in bfloat16 and float16, whose products carry activation,
-gate and residual in their epilogues; products of float32, and of widths that 16-byte accesses do not divide, are the
-vendor library's. So are all products of the backward pass, on either. `products` composes those around this file's
-sampling steps.
+On a CPU the forward pass is one operator. On a GPU it is one operator in bfloat16 and float16, with activation, gate
+and residual in its products' epilogues. The vendor library computes the other products: float32 on a GPU, widths that
+16-byte accesses do not divide, and the backward pass on both. `products` composes those around this file's sampling
+steps.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""The compiled library of csrc/: where it is, whether it loads, and if not, why.
+"""Loads the compiled library of csrc/, or says why there is none.
 
-After a successful `load` its operators are at `torch.ops.fila`. The backend `native` needs them, no other does.
+After a successful `load` its operators are at `torch.ops.fila`. Only the backend `native` needs them.
 """
 
 from functools import cache

@@ -1,6 +1,6 @@
-"""Tile shapes: short lists of configs that compile without spills, and the heuristic that takes one of them.
+"""Tile shapes: short lists of configs that compile without spills, and the heuristic that chooses among them.
 
-A launch takes the config that was measured on the device, if there is one and `supports` allows it, else `default`. The
+A launch takes the config measured on the device, if there is one and `supports` allows it, otherwise `default`. The
 tuner tries `candidates`. Nothing here needs Triton or a GPU.
 """
 

@@ -1,4 +1,4 @@
-"""Composes the operation from launches: those that each plan and each wanted gradient takes; allocates every buffer.
+"""Composes the operation from the launches that each plan and each wanted gradient takes, and allocates every buffer.
 
 T tiles, P prefix tokens, N patch tokens, L = P + N; widths D, C, H. Scratch is [T, L, width], the rows products run
 over; what is saved for the backward pass has a row for each of the T * N samples.

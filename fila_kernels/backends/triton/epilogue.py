@@ -1,4 +1,4 @@
-"""What `gemm_kernel` does with a finished tile: one jit function and one tuple of arguments per product.
+"""The epilogues of `gemm_kernel`: one jit function and one tuple of arguments per product, called on a finished tile.
 
     fc1, fc1_projected   Z = acc + b1,  or Z = acc + R(P);  A = gelu(Z)
     fc2                  M = acc + b2;  out = X + gate(M) on patch tokens, X on prefix tokens

@@ -1,4 +1,4 @@
-"""The five products of the operation, each with everything around it in its epilogue.
+"""The five matrix products of the operation; bias, activation, gate, residual and derivatives are in their epilogues.
 
     fc1               Z = X W1x' + S W1s' + b1,  A = gelu(Z)    two row operands, no concatenated copy of them
     fc1, projected    Z = X W1x' + R(P),  P = F W1s' + b1       resizing commutes with the pointwise product

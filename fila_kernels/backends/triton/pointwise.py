@@ -1,12 +1,12 @@
 """Element-wise kernels of the backward pass: the gate's derivative, GELU again, and sums in a fixed order.
 
     dM = alpha (1 - tanh^2(alpha M)) dY    product gate
-    dM = dY                                scale gate; its factor tanh(alpha) goes onto what is made of dM
+    dM = dY                                scale gate; its factor tanh(alpha) is applied to the results of dM
     A = gelu(Z)
 
-Rows count all T * L tokens; those of prefix tokens are zero in dM. Sums over rows go through partial sums with one
-writer each, which `reduce_kernel` adds up in their order: no atomics, and the same bits at every run. A gate of zero
-lets nothing through, not even 0 * NaN: every gradient of the branch is then exactly zero.
+Rows count all T * L tokens; those of prefix tokens are zero in dM. Sums over rows are partial sums with one
+writer each, which `reduce_kernel` adds in a fixed order: no atomics, and every run gives the same bits. A gate of zero
+stops even 0 * NaN: every gradient of the branch is then exactly zero.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The whole forward pass in one kernel: crop, resize, both layers, gate and residual, with nothing in between stored.
+"""The whole forward pass in one kernel: crop, resize, both layers, gate and residual; no intermediate is stored.
 
 A program owns BLOCK_M rows. Its accumulator holds the whole hidden width, so that Z is one accumulator and A one
 operand of the second product; widths end at `call.TRITON_SINGLE_PASS_WIDTH`. Each row samples each channel once.
