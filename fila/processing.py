@@ -1,15 +1,25 @@
 """Turns questions and pictures into model inputs; an `<image>` becomes one image token per embedding of its picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import LlavaNextProcessor
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
-from fila.image_processing import flatten_images
+from fila.image_processing import FilaImageProcessorKwargs, flatten_images
 from fila.images import load_picture
 
 IMAGE_TOKEN = "<image>"
+# The parts of a chat message that a FILA can answer to, and the keys under which a picture may stand.
+PARTS = ("text", "image", "image_url")
+PICTURE_KEYS = ("image", "url", "path", "base64")
+
+
+class FilaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """The keyword arguments of `FilaProcessor`, by what they are for."""
+
+    images_kwargs: FilaImageProcessorKwargs
+    _defaults = {"text_kwargs": {"padding": False, "return_mm_token_type_ids": False}}
 
 
 class FilaProcessor(LlavaNextProcessor):
@@ -41,6 +51,8 @@ class FilaProcessor(LlavaNextProcessor):
         (torch.Size([1, 213]), torch.Size([1, 3, 3, 64, 64]))
     """
 
+    valid_processor_kwargs = FilaProcessorKwargs
+
     def __init__(
         self,
         image_processor: Any = None,
@@ -62,6 +74,22 @@ class FilaProcessor(LlavaNextProcessor):
         )
         if self.image_token_id in (None, getattr(tokenizer, "unk_token_id", None)):
             raise ValueError(f"expected a tokenizer with the token {self.image_token!r}, got one without it")
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """The prompt of a conversation, or with `tokenize=True` the inputs, pictures included.
+
+        As in transformers, with two differences: a part that no FILA can answer to is refused, whatever the template
+        would do with it (most leave it out in silence), and the conversation is not changed.
+
+        Raises:
+            ValueError: an empty conversation, a part of another type than text, image or image_url, a text that is no
+                string, or a picture under more than one key or an unknown one.
+        """
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            raise ValueError(f"expected a list of messages, got {conversation!r}")
+        batched = isinstance(conversation[0], (list, tuple))
+        checked = [[_checked_message(m) for m in c] for c in (conversation if batched else [conversation])]
+        return super().apply_chat_template(checked if batched else checked[0], *args, **kwargs)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         """Reads every picture and keeps lists nested as they are; a batch without any picture has no images at all."""
@@ -134,3 +162,39 @@ class FilaProcessor(LlavaNextProcessor):
         return MultiModalData(
             num_image_tokens=[layout.num_tokens for layout in layouts], num_image_patches=[1] * len(layouts)
         )
+
+
+def _checked_message(message: Any) -> Any:
+    """A copy of a chat message, its parts in the one form that every template knows."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"expected a message with role and content, got {message!r}")
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return dict(message)
+    return {**message, "content": [_checked_part(part) for part in content]}
+
+
+def _checked_part(part: Any) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in PARTS:
+        raise ValueError(f"expected parts of a message of type {', '.join(PARTS)}, got {kind or part!r}")
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"expected a part of type text to hold a text, got {part.get('text')!r}")
+        return dict(part)
+    if kind == "image_url":
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, Mapping) else url
+        if not isinstance(url, str):
+            raise ValueError(f"expected a part of type image_url to hold a URL, got {part.get('image_url')!r}")
+        return {"type": "image", "url": url}
+    found = {key: part[key] for key in PICTURE_KEYS if part.get(key) is not None}
+    unknown = {key for key in part if key not in ("type", *PICTURE_KEYS)}
+    if len(found) > 1 or (unknown and not found):
+        raise ValueError(
+            f"expected a part of type image to hold one picture, under {', '.join(PICTURE_KEYS)}, "
+            f"got {', '.join(map(str, [*found, *sorted(unknown, key=str)]))}"
+        )
+    if "base64" in found:
+        return {"type": "image", "url": f"data:;base64,{found['base64']}"}
+    return {"type": "image", **found}

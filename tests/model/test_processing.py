@@ -1,5 +1,7 @@
 """Questions and pictures together: token counts, batches, mismatches, chat, save and load."""
 
+import base64
+import copy
 import io
 from pathlib import Path
 
@@ -150,6 +152,93 @@ def test_chat_reads_the_pictures_in_it(processor: FilaProcessor) -> None:
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     assert all(torch.equal(data[name], expected[name]) for name in expected)
+
+
+def test_chat_holds_several_pictures_system_messages_and_turns(processor: FilaProcessor) -> None:
+    first, second, third = picture(20, 30), picture(30, 20), picture(128, 384)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": first},
+                {"type": "text", "text": "Same?"},
+                {"type": "image", "image": second},
+            ],
+        },
+        {"role": "assistant", "content": "No"},
+        {"role": "user", "content": [{"type": "image", "image": third}, {"type": "text", "text": "And?"}]},
+    ]
+    before = copy.copy(messages), [list(m["content"]) for m in messages]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    data = processor.apply_chat_template(messages, **options)
+    text = "<bos><user><image><image>Be brief. Same?<assistant>No<eos><user><image>And?<assistant>"
+    expected = processor(images=[first, second, third], text=text, return_tensors="pt")
+    assert all(torch.equal(data[name], expected[name]) for name in expected)
+    assert (messages, [list(m["content"]) for m in messages]) == before
+    both = processor.apply_chat_template([messages, messages], padding=True, **options)
+    assert torch.equal(both["input_ids"], data["input_ids"].repeat(2, 1))
+
+
+def test_a_picture_in_chat_may_stand_in_every_usual_form(processor: FilaProcessor, tmp_path: Path) -> None:
+    image = picture(20, 30)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    path = tmp_path / "picture.png"
+    path.write_bytes(file.getvalue())
+    text = base64.b64encode(file.getvalue()).decode()
+    url = f"data:image/png;base64,{text}"
+    expected = processor(images=image, text="<bos><user><image>Hi", return_tensors="pt")
+    for part in (
+        {"type": "image", "image": image},
+        {"type": "image", "url": url},
+        {"type": "image", "path": str(path)},
+        {"type": "image", "base64": text},
+        {"type": "image_url", "image_url": {"url": url, "detail": "high"}},
+        {"type": "image_url", "image_url": url},
+    ):
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": "Hi"}]}]
+        data = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        assert all(torch.equal(data[name], expected[name]) for name in expected), part
+        assert messages[0]["content"][0] is part
+
+
+KEEPS_ALL = (
+    "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] if p['type'] == 'text' }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        *[
+            ({"type": kind}, f"got '?{kind}")
+            for kind in ("input_image", "video", "audio", "document", "input_text", "file")
+        ],
+        ({"text": "Hi"}, "expected parts of a message of type text"),
+        ("Hi", "expected parts of a message of type text"),
+        ({"type": "text"}, "hold a text, got None"),
+        ({"type": "text", "text": ["Hi"]}, "hold a text"),
+        ({"type": "image_url"}, "hold a URL, got None"),
+        ({"type": "image_url", "image_url": {"href": "a.png"}}, "hold a URL"),
+        ({"type": "image", "source": {"type": "base64", "data": ""}}, "one picture, .*got source"),
+        ({"type": "image", "image": "a.png", "path": "b.png"}, "one picture, .*got image, path"),
+    ],
+)
+@pytest.mark.parametrize("template", [None, KEEPS_ALL])
+def test_parts_that_no_template_may_leave_out(
+    processor: FilaProcessor, part: object, message: str, template: str | None
+) -> None:
+    chat = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+    for tokenize in (False, True):
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(chat, chat_template=template, tokenize=tokenize, return_dict=tokenize)
+
+
+@pytest.mark.parametrize("conversation", [[], None, "Hi", ["Hi"]])
+def test_no_conversation_is_refused(processor: FilaProcessor, conversation: object) -> None:
+    with pytest.raises(ValueError, match=r"expected a (list of messages|message with role and content)"):
+        processor.apply_chat_template(conversation)
 
 
 def test_a_placeholder_typed_by_a_user_is_refused(processor: FilaProcessor) -> None:

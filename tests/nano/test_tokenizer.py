@@ -95,9 +95,69 @@ def test_the_answer_and_its_end_are_what_is_learned() -> None:
     assert TOKENIZER.decode(learned) == "42<eos>"
 
 
-def test_other_roles_are_refused() -> None:
-    with pytest.raises(jinja2.TemplateError, match="expected the role user or assistant, got system"):
-        TOKENIZER.apply_chat_template([{"role": "system", "content": "Be brief."}], tokenize=False)
+SYSTEM = {"role": "system", "content": "Be brief."}
+BRIEF = {"role": "system", "content": [{"type": "text", "text": "In"}, {"type": "text", "text": " English."}]}
+ASSISTANT = {"role": "assistant", "content": "42"}
+
+
+@pytest.mark.parametrize(
+    "messages, expected",
+    [
+        ([SYSTEM, {"role": "user", "content": "Hi"}], "<bos><user>Be brief. Hi"),
+        ([SYSTEM, BRIEF, USER, ASSISTANT, USER], "<bos><user><image><image>Be brief. In English. What? "
+            "<assistant>42<eos><user><image><image>What? "),
+    ],
+)  # fmt: skip
+def test_a_system_message_opens_the_first_question(messages: list, expected: str) -> None:
+    assert TOKENIZER.apply_chat_template(messages, tokenize=False) == expected
+
+
+PICTURE = {"type": "image", "image": "a.png"}
+
+
+@pytest.mark.parametrize(
+    "messages, got",
+    [
+        ([{"role": "tool", "content": "Hi"}], "expected the role user or assistant, or system before these, got tool"),
+        ([USER, SYSTEM], "system before these, got system"),
+        ([SYSTEM], "a user message behind the system message"),
+        ([{"role": "system", "content": [PICTURE]}, USER], "got type image in the role system"),
+        ([USER, {"role": "assistant", "content": [PICTURE]}], "got type image in the role assistant"),
+        ([USER, {"role": "assistant", "content": None}], "a text or a list of parts in the role assistant"),
+        ([USER, {"role": "assistant", "tool_calls": [{}]}], "a text or a list of parts in the role assistant"),
+        ([{"role": "user", "content": {"type": "text", "text": "Hi"}}], "a text or a list of parts in the role user"),
+        ([{"role": "user", "content": ["Hi"]}], "got type  in the role user"),
+        *[
+            ([{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}], "expected parts of type text")
+            for part in (
+                {"type": "input_image", "image_url": "a.png"},
+                {"type": "image_url", "image_url": {"url": "a.png"}},
+                {"type": "video", "video": "a.mp4"},
+                {"type": "audio"},
+                {"type": "document", "source": "a.pdf"},
+                {"type": "input_text", "text": "Hi"},
+                {"type": "text"},
+                {"type": "text", "text": None},
+                {"text": "Hi"},
+                {},
+            )
+        ],
+    ],
+)
+def test_what_would_be_left_out_is_refused(messages: list, got: str) -> None:
+    with pytest.raises(jinja2.TemplateError, match=got):
+        TOKENIZER.apply_chat_template(messages, tokenize=False)
+
+
+def test_tools_and_documents_are_refused() -> None:
+    for more in ({"tools": [{"type": "function", "function": {"name": "f"}}]}, {"documents": [{"text": "a"}]}):
+        with pytest.raises(jinja2.TemplateError, match="neither tools nor documents"):
+            TOKENIZER.apply_chat_template([USER], tokenize=False, **more)
+
+
+def test_the_shipped_template_is_this_one(root: Path) -> None:
+    shipped = root / "fila" / "pretrained" / "fila-nano" / "chat_template.jinja"
+    assert shipped.read_text() == TOKENIZER.chat_template
 
 
 def test_save_and_load(tmp_path: Path) -> None:
