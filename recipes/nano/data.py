@@ -11,7 +11,6 @@ cells are that small, learns first.
 import itertools
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,19 +19,23 @@ from transformers import PreTrainedTokenizerBase
 
 from fila.geometry import Geometry, Layout
 from fila.image_processing import FilaImageProcessor
+from recipes.nano.guidance import Guides, guides
 from recipes.nano.pages.fonts import FontSet
-from recipes.nano.pages.sample import CHARSET, SHAPES, Sample, make_sample
+from recipes.nano.pages.sample import CHARSET, SHAPES, Sample
+from recipes.nano.pages.sources import draw
 from recipes.nano.tokenizer import ASSISTANT, EOS, IMAGE, USER
 
 HELD = 3  # characters of its own that a patch is asked for; more than three on 8 pixels are not met
 SLOTS = HELD + 1  # and the one to their left
 REACH_LEFT = 2  # patches between a patch and the character before it
-COVER, REACH = 4, (4.5, 3.2)  # canvas pixels: side of a cell; half height and half width of a character
+COVER = 4  # canvas pixels: side of a cell of the coverage map
+REACH = (0.6, 0.42)  # half height and half width of a character, in heights of a capital
 CLASSES = {char: i + 1 for i, char in enumerate([*CHARSET, " ", *SHAPES.values()])}
 NUM_CLASSES = 1 + len(CLASSES)  # class 0 is an empty slot
 IGNORE = -100
+TOGETHER = 8  # batches
 TRANSCRIBE, LINE_BREAK, LONGEST_TRANSCRIPT = "Read the page.", "|", 160
-TRANSCRIBED = 4  # one page in so many
+TRANSCRIBED = 8  # one page in so many; what kind of page it is does not depend on its index
 
 
 def character_map(sample: Sample, patch: int) -> Tensor:
@@ -63,7 +66,8 @@ def character_map(sample: Sample, patch: int) -> Tensor:
 def coverage_map(sample: Sample) -> Tensor:
     """[canvas height / 4, canvas width / 4] int64: the class of the character over each cell, 0 for none.
 
-    A character covers the cells whose centre lies within `REACH` of its own; the nearer of two along x wins.
+    A character covers the cells whose centre lies within `REACH` heights of a capital of its own; the nearer of two
+    along x wins.
     """
     height, width = sample.canvas[0] // COVER, sample.canvas[1] // COVER
     covered = torch.zeros(height, width, dtype=torch.int64)
@@ -73,7 +77,7 @@ def coverage_map(sample: Sample) -> Tensor:
             continue
         rows, columns = (
             range(max(0, math.ceil((c - reach) / COVER - 0.5)), min(size, math.floor((c + reach) / COVER + 0.5)))
-            for c, reach, size in ((glyph.cy, REACH[0], height), (glyph.cx, REACH[1], width))
+            for c, reach, size in ((glyph.cy, REACH[0] * glyph.cap, height), (glyph.cx, REACH[1] * glyph.cap, width))
         )
         for column in columns:
             away = abs((column + 0.5) * COVER - glyph.cx)
@@ -98,29 +102,34 @@ def view_labels(characters: Tensor, layout: Layout) -> Tensor:
 
 def conversation(
     sample: Sample, num_image_tokens: int, tokenizer: PreTrainedTokenizerBase, transcribe: bool
-) -> tuple[Tensor, Tensor]:
-    """Token ids and labels of everything asked about a page, as turns of the chat template.
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Token ids and labels of everything asked about a page, as turns of the chat template, and where answers begin.
 
     Only answers and their `<eos>` are learned. The picture comes once, in the first turn; the page's transcript, where
     it is asked for, comes last, where no question can be answered from it.
     """
     ids = [tokenizer.bos_token_id]
     labels = [IGNORE]
-    turns = list(sample.questions)
+    starts = []
+    turns = [(asked.question, asked.answer) for asked in sample.asked]
     if transcribe:
         turns.append((TRANSCRIBE, LINE_BREAK.join(sample.lines)[:LONGEST_TRANSCRIPT]))
     for turn, (question, answer) in enumerate(turns):
         picture = IMAGE * num_image_tokens if turn == 0 else ""
         asked = tokenizer.encode(USER + picture + question + ASSISTANT, add_special_tokens=False)
         said = tokenizer.encode(answer + EOS, add_special_tokens=False)
+        starts.append(len(ids) + len(asked))
         ids += asked + said
         labels += [IGNORE] * len(asked) + said
-    return torch.tensor(ids), torch.tensor(labels)
+    return torch.tensor(ids), torch.tensor(labels), starts[: len(sample.asked)]
 
 
 @dataclass
 class Page:
-    """One training example; see the module's legend for shapes. Pictures are None in text-only stages."""
+    """One training example; see the module's legend for shapes. Pictures are None in text-only stages.
+
+    `kinds` names the kind of each of its questions; a transcript, where there is one, comes after them.
+    """
 
     size: tuple[int, int]
     layout: Layout
@@ -128,6 +137,8 @@ class Page:
     coverage: Tensor
     input_ids: Tensor
     labels: Tensor
+    guides: Guides
+    kinds: list[str]
     pixel_values: Tensor | None
     high_res_pixel_values: Tensor | None
 
@@ -141,6 +152,8 @@ class PageBatch:
     layouts: list[Layout]
     characters: list[Tensor]
     coverage: list[Tensor]
+    guides: list[Guides]
+    kinds: list[list[str]]
 
 
 class Pages(Dataset):
@@ -148,13 +161,13 @@ class Pages(Dataset):
 
     Args:
         processor, tokenizer: those of the model being trained.
-        geometry: the layout rules; the processor's, unless pages are drawn for another canvas.
+        geometry: the layout rules, the processor's.
         fonts: faces of the split.
         split: "train" or "test": its words and labels.
         seed: added to the index.
         length: number of pages.
         render: whether pictures are drawn; a text-only stage needs none.
-        crowded: share of pages that are filled up with lines.
+        shares: kinds of pages and how often each comes, see `recipes.nano.pages.sources`.
     """
 
     def __init__(
@@ -168,48 +181,40 @@ class Pages(Dataset):
         seed: int,
         length: int,
         render: bool = True,
-        crowded: float = 0.0,
+        shares: dict[str, float],
     ):
         self.processor, self.tokenizer, self.geometry, self.fonts = processor, tokenizer, geometry, fonts
-        self.split, self.seed, self.length, self.render, self.crowded = split, seed, length, render, crowded
+        self.image_token = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.split, self.seed, self.length, self.render, self.shares = split, seed, length, render, shares
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Page:
-        sample = make_sample(
+        sample = draw(
             self.seed + index,
+            self.shares,
             split=self.split,
             fonts=self.fonts,
             geometry=self.geometry,
             render=self.render,
-            crowded=index % 10 < 10 * self.crowded,
         )
         return self.page(sample, transcribe=index % TRANSCRIBED == 0)
 
     def page(self, sample: Sample, transcribe: bool = False) -> Page:
         """Turns a generated sample into tensors."""
         layout = self.geometry.layout(*sample.size)
-        input_ids, labels = conversation(sample, layout.num_tokens, self.tokenizer, transcribe)
+        input_ids, labels, starts = conversation(sample, layout.num_tokens, self.tokenizer, transcribe)
         pixels = raster = None
         if self.render:
             features = self.processor(sample.image, return_tensors="pt")
             pixels, raster = features["pixel_values"][0], features["high_res_pixel_values"][0]
         characters = character_map(sample, self.geometry.patch)
-        return Page(sample.size, layout, characters, coverage_map(sample), input_ids, labels, pixels, raster)
-
-
-class Curriculum(Dataset):
-    """Easy pages alone up to index `until`, then one in four among the full ones. Both must have the same length."""
-
-    def __init__(self, easy: Pages, full: Pages, until: int):
-        self.easy, self.full, self.until, self.tokenizer = easy, full, until, full.tokenizer
-
-    def __len__(self) -> int:
-        return len(self.full)
-
-    def __getitem__(self, index: int) -> Page:
-        return (self.easy if index < self.until or index % 4 == 0 else self.full)[index]
+        guide = guides(sample, layout, input_ids.tolist().index(self.image_token), starts)
+        kinds = [asked.kind for asked in sample.asked]
+        return Page(
+            sample.size, layout, characters, coverage_map(sample), input_ids, labels, guide, kinds, pixels, raster
+        )
 
 
 def collate(pages: list[Page], pad_id: int) -> PageBatch:
@@ -224,7 +229,13 @@ def collate(pages: list[Page], pad_id: int) -> PageBatch:
         inputs |= {"pixel_values": _pad(pixels, 0), "high_res_pixel_values": _pad(rasters, 0)}
     labels = _pad([p.labels for p in pages], IGNORE)
     return PageBatch(
-        inputs, labels, [p.layout for p in pages], [p.characters for p in pages], [p.coverage for p in pages]
+        inputs,
+        labels,
+        [p.layout for p in pages],
+        [p.characters for p in pages],
+        [p.coverage for p in pages],
+        [p.guides for p in pages],
+        [p.kinds for p in pages],
     )
 
 
@@ -236,14 +247,42 @@ def _pad(tensors: list[Tensor], value: float) -> Tensor:
     return out
 
 
-def loader(pages: Pages | Curriculum, batch_size: int, start: int, workers: int = 1, stride: int = 1) -> DataLoader:
-    """Batches of every `stride`-th page from page `start` on, drawn ahead in worker processes."""
+class Batches(Dataset):
+    """The batches of a run, by step.
+
+    Pages are drawn for `TOGETHER` batches at a time and sorted, so that a batch holds pages of like canvas and length
+    and little of it is padding.
+
+    Args:
+        batch: pages a step.
+        rank, world: which process takes its share of every batch, and how many there are.
+    """
+
+    def __init__(self, pages: Pages, batch: int, rank: int = 0, world: int = 1):
+        self.pages, self.batch, self.rank, self.world = pages, batch, rank, world
+        self.drawn: tuple[int, list[Page]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.pages) // self.batch
+
+    def __getitem__(self, step: int) -> PageBatch:
+        group = step // TOGETHER
+        if self.drawn[0] != group:
+            first = group * TOGETHER * self.batch
+            drawn = [self.pages[i] for i in range(first, min(first + TOGETHER * self.batch, len(self.pages)))]
+            drawn.sort(key=lambda page: (page.layout.canvas if self.pages.render else (), len(page.input_ids)))
+            self.drawn = group, drawn
+        start = step % TOGETHER * self.batch
+        share = self.drawn[1][start : start + self.batch][self.rank :: self.world]
+        return collate(share, self.pages.tokenizer.pad_token_id)
+
+
+def loader(batches: Batches, start: int, workers: int = 1) -> DataLoader:
+    """The batches from step `start` on, drawn ahead in worker processes; several of them draw the same pages."""
     return DataLoader(
-        pages,
-        batch_size=batch_size,
-        sampler=range(start, len(pages), stride),
+        batches,
+        batch_size=None,
+        sampler=range(start, len(batches)),
         num_workers=workers,
-        collate_fn=partial(collate, pad_id=pages.tokenizer.pad_token_id),
         prefetch_factor=4 if workers else None,
-        drop_last=True,
     )

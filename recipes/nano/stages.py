@@ -1,18 +1,18 @@
 """What each stage of training runs, learns and leaves alone.
 
-    vision   stage 0: ConvNeXt and ViT, each by itself, learn the character map of a page (nothing is pretrained)
+    vision   stage 0: the hybrid tower learns the character map of a page (nothing is pretrained)
     text     stage 0: the language model answers questions about pages given as text on a grid
     align    stage 1 of the paper: no cropping; only the projector and the fusion layers learn, the rest is frozen
     tune     stage 2 of the paper: dynamic cropping, all parameters
 
 The two halves of stage 0 stand in for the pretrained towers the paper starts from, and need not know of each other. In
 `text`, a page reaches the language model as the tokens a perfect encoder might make: for each patch the sum of its
-characters' own embeddings, turned by one matrix per slot. Those matrices are dropped afterwards.
+characters' own embeddings, turned by one matrix per slot, and of its place in the tile. Those are dropped afterwards.
 
 Shapes: V views, N patches a view, D the ViT's width, S slots a patch, K `NUM_CLASSES`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fila.configuration import FilaConfig
 from fila.modeling import FilaForConditionalGeneration
-from fila.vision import group_views
+from fila.vision import ViewGroup, group_views
 from recipes.nano.data import (
     COVER,
     HELD,
@@ -31,6 +31,7 @@ from recipes.nano.data import (
     PageBatch,
     view_labels,
 )
+from recipes.nano.guidance import Guidance
 from recipes.nano.pages.sample import CHARSET, SHAPES
 from recipes.nano.tokenizer import VOCABULARY
 
@@ -47,8 +48,7 @@ class Stage:
         trains: parts that learn, by the first words of their parameters' names.
         cropping: False for the rule "direct".
         dense: weight of the character-map loss at the start and at the end.
-        crowded: share of pages full of lines, of which more is learned at the same cost.
-        easy: share of the steps that see pages of one view only, before pages of all canvases join them.
+        shares: kinds of pages and how often each comes, see `recipes.nano.pages.sources`.
     """
 
     steps: int
@@ -58,16 +58,24 @@ class Stage:
     cropping: bool = True
     dense: tuple[float, float] = (0.0, 0.0)
     warmup: int = 100
-    crowded: float = 0.0
-    easy: float = 0.0
+    shares: dict[str, float] = field(default_factory=lambda: {"cards": 1.0})
 
 
 STAGES = {
     "vision": Stage(
-        1300, 8, 2e-3, ("model.vision_tower.vit", "model.vision_tower.convnext", "heads"), dense=(1, 1), crowded=1.0
+        1300,
+        8,
+        2e-3,
+        ("model.vision_tower", "heads"),
+        dense=(1, 1),
+        shares={"cards": 0.3, "dense": 0.2, "documents": 0.5},
     ),
     "text": Stage(
-        5200, 8, 2e-3, ("model.language_model", "lm_head", "model.image_newline", "grid_text"), easy=0.15, crowded=0.5
+        5200,
+        8,
+        2e-3,
+        ("model.language_model", "lm_head", "model.image_newline", "grid_text"),
+        shares={"cards": 0.4, "dense": 0.2, "documents": 0.4},
     ),
     "align": Stage(
         400,
@@ -78,7 +86,7 @@ STAGES = {
         dense=(1, 1),
         warmup=30,
     ),
-    "tune": Stage(1400, 8, 1.8e-3, ("",), dense=(1, 0.3), crowded=0.5),
+    "tune": Stage(1400, 8, 1.8e-3, ("",), dense=(1, 0.3), shares={"cards": 0.5, "documents": 0.5}),
 }
 
 
@@ -113,6 +121,7 @@ class GridText(nn.Module):
         self.turn.data[0] = torch.eye(width)
         self.shapes = nn.Parameter(torch.randn(len(SHAPES), width) * std)
         self.base = nn.Parameter(torch.randn(width) * std)
+        self.place = nn.Parameter(torch.randn(config.image_seq_length, width) * 0.4 * std)
         self.ids: Tensor
         self.register_buffer("ids", torch.tensor([VOCABULARY[char] for char in [*CHARSET, " "]]), persistent=False)
 
@@ -121,7 +130,7 @@ class GridText(nn.Module):
         empty = embedding.new_zeros(1, embedding.shape[1])
         table = torch.cat([empty, embedding[self.ids], self.shapes]) @ self.turn  # [S, K, width]
         slots = torch.arange(len(self.turn), device=labels.device)
-        return table[slots, labels.clamp(min=0)].sum(-2) + self.base
+        return table[slots, labels.clamp(min=0)].sum(-2) + self.base + self.place
 
 
 class Trainee(nn.Module):
@@ -145,9 +154,9 @@ class Trainee(nn.Module):
             parameter.requires_grad_(name.startswith(stage.trains))
 
     def forward(self, name: str, batch: PageBatch) -> dict[str, Tensor]:
-        """Losses of a stage by name, unweighted: "answer", "tokens", "grid", "map2", "map3"."""
+        """Losses of a stage by name, unweighted: "answer", "tokens", "grid", "map2", "map3", and those of `HEADS`."""
         if name == "text":
-            return {"answer": self._text(batch)}
+            return self._answer(batch, self.grid_features(batch))
         if name == "vision":
             return self._vision(batch)
         model, tower = self.export, self.export.model.vision_tower
@@ -159,48 +168,48 @@ class Trainee(nn.Module):
             model.model.multi_modal_projector.register_forward_hook(lambda module, args, out: projected.append(out)),
         ):
             features = model.get_image_features(**images)
-        # No attention mask: texts are padded on the right, where causal attention never looks back from.
-        outputs = model(
-            input_ids=batch.inputs["input_ids"], labels=batch.labels, mm_encoder_outputs={"image": features}
-        )
+        losses = self._answer(batch, features)
         labels = torch.cat([view_labels(c, layout) for c, layout in zip(batch.characters, batch.layouts, strict=True)])
         logits = self.heads.tokens(features.last_hidden_state[:, 1:])
-        losses = {
-            "answer": outputs.loss,
+        losses |= {
             "tokens": dense_loss(logits, labels),
             "grid": self._grid_loss(projected[0], labels),
         }
         return losses if name == "align" else losses | self._map_losses(maps, batch)
 
-    def _text(self, batch: PageBatch) -> Tensor:
-        """Answer loss on pages given as grid text."""
+    def _answer(self, batch: PageBatch, features: BaseModelOutputWithPooling) -> dict[str, Tensor]:
+        """Loss of the answers, and of the heads that are told where to look."""
+        # No attention mask: texts are padded on the right, where causal attention never looks back from.
+        with Guidance(self.export.model.language_model) as guidance:
+            outputs = self.export(
+                input_ids=batch.inputs["input_ids"], labels=batch.labels, mm_encoder_outputs={"image": features}
+            )
+        return {"answer": outputs.loss} | guidance.losses(batch.guides)
+
+    def grid_features(self, batch: PageBatch) -> BaseModelOutputWithPooling:
+        """The pages as grid text, in the form in which the encoder gives pictures."""
         model = self.export.model
         labels = [view_labels(c, layout) for c, layout in zip(batch.characters, batch.layouts, strict=True)]
         views = self.grid_text(torch.cat(labels), model.get_input_embeddings().weight).split([len(v) for v in labels])
         features, _ = model.pack_image_features(
             list(views), batch.inputs["image_sizes"].tolist(), "default", model.image_newline
         )
-        grid = BaseModelOutputWithPooling(pooler_output=features)
-        outputs = self.export(
-            input_ids=batch.inputs["input_ids"], labels=batch.labels, mm_encoder_outputs={"image": grid}
-        )
-        return outputs.loss
+        return BaseModelOutputWithPooling(pooler_output=features)
 
     def _vision(self, batch: PageBatch) -> dict[str, Tensor]:
-        """Character-map losses of the two towers, each alone."""
+        """Character-map losses of the tower and of its ConvNeXt; the global view is unreadable and left out."""
         tower = self.export.model.vision_tower
         labels = [view_labels(c, layout)[1:] for c, layout in zip(batch.characters, batch.layouts, strict=True)]
-        tiles = torch.cat(
-            [p[1 : layout.num_views] for p, layout in zip(batch.inputs["pixel_values"], batch.layouts, strict=True)]
-        )
-        x = tower.vit.pre_layrnorm(tower.vit.embeddings(tiles))
-        for layer in tower.vit.layers:
-            x = layer(x, None)
-        losses = {"tokens": dense_loss(self.heads.tokens(x[:, 1:]), torch.cat(labels))}
-        maps = []
-        for group in group_views(batch.layouts, tower.config.convnext_strides, tiles.device):
-            height, width = group.raster
-            maps.append(tower.convnext(batch.inputs["high_res_pixel_values"][group.images, :, :height, :width]))
+        pixels, high_res = batch.inputs["pixel_values"], batch.inputs["high_res_pixel_values"]
+        groups = [without_global(g) for g in group_views(batch.layouts, tower.config.convnext_strides, pixels.device)]
+        order = [i for group in groups for i in group.images]
+        tiles = torch.cat([pixels[i, 1 : batch.layouts[i].num_views] for i in order])
+        rasters = [high_res[g.images, :, : g.raster[0], : g.raster[1]] for g in groups]
+        maps: list[list[Tensor]] = []
+        with tower.convnext.register_forward_hook(lambda module, args, out: maps.append(out)):
+            x = tower.encode(tiles, rasters, groups)
+        logits = self.heads.tokens(x[:, 1:])
+        losses = {"tokens": dense_loss(logits, torch.cat([labels[i] for i in order]))}
         return losses | self._map_losses(maps, batch)
 
     def _grid_loss(self, projected: Tensor, labels: Tensor) -> Tensor:
@@ -229,6 +238,14 @@ class Trainee(nn.Module):
             logits = torch.cat([head(features[int(stage)]).flatten(0, -2) for features in maps])
             losses[f"map{stage}"] = dense_loss(logits, torch.cat([w.flatten(0, -2) for w in wanted]))
         return losses
+
+
+def without_global(group: ViewGroup) -> ViewGroup:
+    """The group with its tiles alone."""
+    image = group.image_index
+    tiles = torch.cat([image.new_zeros(1), image[1:] - image[:-1]]) == 0
+    tiles[0] = False
+    return replace(group, boxes=[box[tiles] for box in group.boxes], image_index=image[tiles])
 
 
 def dense_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ from fila.configuration import preset
 from fila.geometry import Geometry
 from fila.image_processing import FilaImageProcessor
 from fila.modeling import FilaForConditionalGeneration
-from recipes.nano.data import Curriculum, Pages, loader
+from recipes.nano.data import Batches, Pages, loader
+from recipes.nano.depthwise import quicken
+from recipes.nano.guidance import HEADS
 from recipes.nano.pages.fonts import FontSet
 from recipes.nano.stages import STAGES, Stage, Trainee
 from recipes.nano.tokenizer import build_character_tokenizer
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and logs")
     parser.add_argument("--preset", default="fila-nano")
-    parser.add_argument("--init", type=Path, help="checkpoint folder whose weights to begin with instead of fresh ones")
+    parser.add_argument("--init", type=Path, help="checkpoint folder, or <stage>.pt of another run, to begin with")
     parser.add_argument("--steps", type=int, help="optimiser steps instead of the recipe's")
     parser.add_argument("--batch", type=int, help="pages a step instead of the recipe's")
     parser.add_argument("--lr", type=float, help="peak learning rate instead of the recipe's")
@@ -78,10 +80,7 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
     trainee, geometry = build(args.preset, cropping=stage.cropping)
     trainee.freeze(stage)
     if args.init:
-        weights = load_file(args.init / "model.safetensors")
-        missing = trainee.export.load_state_dict(weights, strict=False).missing_keys
-        if set(missing) - {"lm_head.weight"}:  # tied, so stored once
-            raise ValueError(f"{args.init}: expected the weights of {args.preset}, got none for {missing}")
+        begin_with(trainee, args.init)
     for before in PREDECESSORS[name]:
         learned = torch.load(args.out / f"{before}.pt", weights_only=True)["average"]
         trainee.load_state_dict(learned, strict=False)
@@ -103,33 +102,27 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
     length = stage.steps * stage.batch
     fonts = FontSet.builtin() if args.builtin_font else FontSet.installed("train")
 
-    def drawn(rules: Geometry) -> Pages:
-        return Pages(
-            FilaImageProcessor.from_geometry(rules),
-            tokenizer,
-            rules,
-            fonts,
-            split="train",
-            seed=args.seed + SEEDS[name],
-            length=length,
-            render=name != "text",
-            crowded=stage.crowded,
-        )
-
-    full = drawn(geometry)
-    pages: Pages | Curriculum = full
-    if stage.easy:
-        pages = Curriculum(drawn(replace(geometry, rule="direct")), full, int(stage.easy * length))
+    pages = Pages(
+        FilaImageProcessor.from_geometry(geometry),
+        tokenizer,
+        geometry,
+        fonts,
+        split="train",
+        seed=args.seed + SEEDS[name],
+        length=length,
+        render=name != "text",
+        shares=stage.shares,
+    )
     settings = {"stage": asdict(stage), "seed": args.seed, "threads": args.threads, "processes": world}
     log = None if rank else Log(args.out / f"{name}.csv", settings)
     trainee.train()
     saved_at = time.monotonic()
-    for batch in loader(pages, stage.batch // world, step * stage.batch + rank, args.workers, stride=world):
+    for batch in loader(Batches(pages, stage.batch, rank, world), step, args.workers):
         rate = set_rate(optimizers, step, stage)
         with torch.autocast("cpu", torch.bfloat16):
             losses = trainee(name, batch)
         dense = stage.dense[0] + (stage.dense[1] - stage.dense[0]) * step / stage.steps
-        total = sum(loss * (1.0 if part == "answer" else dense) for part, loss in losses.items())
+        total = sum(loss * weight_of(part, dense) for part, loss in losses.items())
         trainee.zero_grad(set_to_none=True)
         total.backward()
         if world > 1:
@@ -153,6 +146,31 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
         distributed.destroy_process_group()
 
 
+def weight_of(part: str, dense: float) -> float:
+    """How much a loss counts; `dense` is the weight of the character map's now."""
+    return 1.0 if part == "answer" else HEADS[part].weight if part in HEADS else dense
+
+
+def begin_with(trainee: Trainee, folder: Path) -> None:
+    """Loads a run's averaged weights (`<stage>.pt`) or a checkpoint folder's.
+
+    A checkpoint of another tile size gets its ViT positions interpolated.
+    """
+    if folder.suffix == ".pt":
+        trainee.load_state_dict(torch.load(folder, weights_only=True)["average"], strict=False)
+        return
+    weights = load_file(folder / "model.safetensors")
+    position = trainee.export.model.vision_tower.vit.embeddings.position_embedding.weight
+    name = next(n for n, p in trainee.export.named_parameters() if p is position)
+    old, new = (math.isqrt(len(w) - 1) for w in (weights[name], position))
+    grid = weights[name][1:].float().T.reshape(1, -1, old, old)
+    grid = nn.functional.interpolate(grid, (new, new), mode="bilinear", align_corners=True) if old != new else grid
+    weights[name] = torch.cat([weights[name][:1].float(), grid.flatten(2)[0].T])
+    missing = trainee.export.load_state_dict(weights, strict=False).missing_keys
+    if set(missing) - {"lm_head.weight"}:  # tied, so stored once
+        raise ValueError(f"{folder}: expected the weights of the preset, got none for {missing}")
+
+
 def average_gradients(parameters: Iterable[Tensor], world: int) -> None:
     """Every process's gradients become their mean, sent as one tensor."""
     parameters = list(parameters)
@@ -168,7 +186,9 @@ def build(name: str, cropping: bool = True) -> tuple[Trainee, Geometry]:
     config = preset(name)
     if not cropping:
         config.vision_config.high_res_rule = "direct"
-    return Trainee(FilaForConditionalGeneration(config)), config.vision_config.geometry()
+    trainee = Trainee(FilaForConditionalGeneration(config))
+    quicken(trainee)
+    return trainee, config.vision_config.geometry()
 
 
 def make_optimizers(learning: Mapping[str, Tensor], lr: float) -> list[torch.optim.Optimizer]:

@@ -9,25 +9,30 @@ import torch
 
 from fila import preset
 from fila.image_processing import FilaImageProcessor
-from recipes.nano import checkpoint, evaluate, train
+from recipes.nano import checkpoint, depthwise, evaluate, gates, train
 from recipes.nano.data import (
     CLASSES,
     HELD,
     IGNORE,
     NUM_CLASSES,
     SLOTS,
+    TRANSCRIBED,
     Pages,
     character_map,
     collate,
     coverage_map,
     view_labels,
 )
+from recipes.nano.guidance import HEADS
 from recipes.nano.pages.fonts import FontSet
 from recipes.nano.pages.sample import Glyph, make_sample
 from recipes.nano.stages import STAGES, Trainee, dense_loss
 from recipes.nano.tokenizer import ASSISTANT, EOS, VOCABULARY, build_character_tokenizer
 
 NAMES = {number: char for char, number in CLASSES.items()}
+
+
+SHARES = {"cards": 0.4, "dense": 0.2, "documents": 0.4}
 
 
 def nano_pages(render: bool = True) -> Pages:
@@ -41,6 +46,7 @@ def nano_pages(render: bool = True) -> Pages:
         seed=0,
         length=8,
         render=render,
+        shares=SHARES,
     )
 
 
@@ -61,10 +67,10 @@ def test_maps_hold_every_character_on_its_line():
 
 def test_a_patch_knows_the_character_before_it_and_no_farther_than_two_patches():
     glyphs = [
-        Glyph("g", 1.0, 5.0, 4.0),
-        Glyph(".", 5.0, 7.0, 4.0),
-        Glyph("b", 18.0, 4.0, 4.0),
-        Glyph("c", 50.0, 4.0, 4.0),
+        Glyph("g", 1.0, 5.0, 4.0, 7.0),
+        Glyph(".", 5.0, 7.0, 4.0, 7.0),
+        Glyph("b", 18.0, 4.0, 4.0, 7.0),
+        Glyph("c", 50.0, 4.0, 4.0, 7.0),
     ]
     sample = replace(
         make_sample(0, split="train", fonts=FontSet.builtin(), render=False), glyphs=glyphs, canvas=(64, 64)
@@ -78,10 +84,11 @@ def test_view_labels_follow_the_tiles_and_leave_the_global_view_out():
     pages = nano_pages(render=False)
     page = next(pages[i] for i in range(8) if pages[i].layout.rows == pages[i].layout.columns == 2)
     labels = view_labels(page.characters, page.layout)
-    assert labels.shape == (5, 64, SLOTS)
+    grid = page.layout.geometry.grid
+    assert labels.shape == (5, grid**2, SLOTS)
     assert (labels[0] == IGNORE).all()
-    assert torch.equal(labels[4].view(8, 8, SLOTS), page.characters[8:, 8:])
-    assert torch.equal(labels[2].view(8, 8, SLOTS), page.characters[:8, 8:])
+    assert torch.equal(labels[4].view(grid, grid, SLOTS), page.characters[grid:, grid:])
+    assert torch.equal(labels[2].view(grid, grid, SLOTS), page.characters[:grid, grid:])
 
 
 def test_patches_without_characters_count_little_and_ignored_ones_nothing():
@@ -99,21 +106,57 @@ def test_a_conversation_asks_everything_and_learns_only_answers(transcribe):
     page = pages.page(sample, transcribe)
     text = pages.tokenizer.decode(page.input_ids)
     learned = pages.tokenizer.decode(page.labels[page.labels >= 0])
-    answers = [answer for _, answer in sample.questions] + ["|".join(sample.lines)] * transcribe
+    answers = [asked.answer for asked in sample.asked] + ["|".join(sample.lines)] * transcribe
     assert learned == "".join(answer + EOS for answer in answers)
-    assert all(f"{question}{ASSISTANT}{answer}{EOS}" in text for question, answer in sample.questions)
+    assert all(f"{asked.question}{ASSISTANT}{asked.answer}{EOS}" in text for asked in sample.asked)
     assert (page.input_ids == VOCABULARY["<image>"]).sum() == page.layout.num_tokens
 
 
-def test_half_of_the_pages_can_be_crowded_and_a_quarter_is_transcribed():
+def test_pages_of_every_canvas_and_kind_are_transcribed():
     pages = nano_pages(render=False)
-    pages.crowded = 0.5
-    glyphs = [
-        len(make_sample(i, split="train", fonts=pages.fonts, render=False, crowded=i < 5).glyphs) for i in range(8)
-    ]
-    assert [(pages[i].characters[..., :HELD] > 0).sum().item() for i in range(8)] == glyphs
-    transcribed = ["Read the page." in pages.tokenizer.decode(pages[i].input_ids) for i in range(8)]
-    assert transcribed == [True, False, False, False] * 2
+    drawn = [pages[i] for i in range(0, 40 * TRANSCRIBED, TRANSCRIBED)]
+    assert all("Read the page." in pages.tokenizer.decode(page.input_ids) for page in drawn)
+    assert "Read the page." not in pages.tokenizer.decode(pages[1].input_ids)
+    assert {page.layout.canvas for page in drawn} == set(pages.geometry.canvases)
+
+
+def test_heads_are_told_the_patches_that_hold_the_answers_characters():
+    """The model's own order of tokens is the reference."""
+    pages = nano_pages(render=False)
+    model = train.build("fila-nano")[0].model
+    for i in range(16):
+        page = pages[i]
+        labels = view_labels(page.characters, page.layout).float()
+        packed, _ = model.pack_image_features([labels], [list(page.size)], "default", torch.zeros(SLOTS))
+        first = page.input_ids.tolist().index(VOCABULARY["<image>"])
+        for looks, seen in [*page.guides["read_first"].tolist(), *page.guides["read_next"].tolist()]:
+            said = NAMES.get(CLASSES[pages.tokenizer.decode([page.input_ids[looks + 1]])])
+            there = [NAMES.get(int(c)) for c in packed[0][seen - first, :HELD]]
+            assert page.labels[looks + 1] != IGNORE
+            assert said in there or None not in there  # a patch names three characters and may hold more
+        assert len(page.guides["read_first"]) == len(page.kinds)
+
+
+def test_guidance_rises_the_attention_it_asks_for():
+    torch.manual_seed(0)
+    trainee, _ = train.build("fila-nano")
+    pages = nano_pages(render=False)
+    batch = collate([pages[0], pages[1]], 0)
+    optimizer = torch.optim.Adam(trainee.model.language_model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(6):
+        losses.append(sum(loss for name, loss in trainee("text", batch).items() if name in HEADS))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_fast_gradient_of_a_depthwise_convolution_is_the_librarys():
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 32, 9, 11), torch.randn(2, 32, 9, 11)
+    expected = torch.nn.grad.conv2d_weight(x, (32, 1, 7, 7), grad, padding=3, groups=32)
+    torch.testing.assert_close(depthwise.weight_gradient(x, grad), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vision", "text", "align", "tune"])
@@ -132,7 +175,7 @@ def test_a_stage_moves_what_it_trains_and_nothing_else(name):
     assert (
         moved
         == {
-            "vision": {"vit", "convnext", "heads"},
+            "vision": {"vit", "convnext", "fusion", "heads"},
             "text": {"language_model", "image_newline", "grid_text"},
             "align": {"multi_modal_projector", "fusion", "heads"},
             "tune": {"vit", "convnext", "fusion", "heads", "multi_modal_projector", "language_model", "image_newline"},

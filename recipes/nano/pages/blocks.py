@@ -41,19 +41,37 @@ class Mark(NamedTuple):
     color: Color
 
 
+class Stroke(NamedTuple):
+    """A drawn line, relative to its block, canvas pixels."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    dashed: bool = False
+
+
 class Ask(NamedTuple):
-    """A question a block can answer: `runs[run].text[start:end]` is the answer."""
+    """A question a block can answer: `runs[run].text[start:end]` is the answer.
+
+    `anchor` is the run that names the place (-1: the block's shape); `above` another one, as a column's heading.
+    """
 
     kind: str
     subject: str
     run: int
     start: int
     end: int
+    anchor: int | None = None
+    above: int | None = None
 
 
 @dataclass
 class Block:
-    """Runs and marks with their extent; `fill` and `border` colour a panel behind them, `rule` a line below."""
+    """Runs and marks with their extent; `fill` and `border` colour a panel behind them, `rule` a line below.
+
+    `asks` lists everything that can be asked; where it is empty, it follows from the runs (`turns.asks`).
+    """
 
     runs: list[Run]
     width: float
@@ -63,6 +81,8 @@ class Block:
     fill: Color | None = None
     border: Color | None = None
     rule: Color | None = None
+    asks: list[Ask] = field(default_factory=list)
+    strokes: list[Stroke] = field(default_factory=list)
     x: float = 0.0
     y: float = 0.0
 
@@ -229,7 +249,14 @@ def prefixed(rng: Random, style: Style, target: bool, whole: bool) -> Block | No
     return Block([run], advance(face, text, em), step, ask)
 
 
-def shape(rng: Random, style: Style, target: bool, side: str = "above") -> Block | None:
+def shape(
+    rng: Random,
+    style: Style,
+    target: bool,
+    side: str = "above",
+    em: float | None = None,
+    color: Color | None = None,
+) -> Block | None:
     """A shape with a word, number or code above and below it; `side` is what may be asked."""
     if not style.shapes:
         return None
@@ -243,12 +270,12 @@ def shape(rng: Random, style: Style, target: bool, side: str = "above") -> Block
         return None
     asked = sides.index(side)
     face = style.face(rng)
-    em = style.em(rng, face, texts[asked] if target else None)
+    em = em or style.em(rng, face, texts[asked] if target else None)
     if em is None:
         return None
     step, r = pitch(rng, em), rng.uniform(4.5, 9.0)
     widths = [advance(face, t, em) for t in texts]
-    color = style.color(rng)
+    color = color or style.color(rng)
     half = max(r + rng.uniform(1.5, 3.0) + step / 2, LINE_PITCH)
     cx, cy = max(r + 1, *(w / 2 for w in widths)), half + step / 2
     runs = []
@@ -317,3 +344,30 @@ def prose(rng: Random, style: Style, room: int, digits: bool = True, letters: bo
             width = max(width, advance(face, text, em))
             runs.append(Run(text, face, em, 0.0, len(runs) * step + baseline(face, em, step), color))
     return Block(runs, width, max(1, len(runs)) * step) if runs else None
+
+
+def around_shape(block: Block) -> list[Ask]:
+    """The texts above and below a block's shape."""
+    mark = block.marks[0]
+    return [
+        Ask("above" if run.y < mark.cy else "below", mark.shape, i, 0, len(run.text), -1)
+        for i, run in enumerate(block.runs)
+    ]
+
+
+def along_line(run: int, text: str) -> list[Ask]:
+    """ "gate B12 open" can be asked for as a whole by its first word, or for what follows a word."""
+    found, start = [], 0
+    words = text.split(" ")
+    if len(words) > 1 and _names(words[0]):
+        found.append(Ask("line", words[0], run, 0, len(text)))
+    for word in words[:-1]:
+        start += len(word) + 1
+        if _names(word) and start < len(text):
+            found.append(Ask("after", word, run, start, len(text)))
+    return found
+
+
+def _names(word: str) -> bool:
+    """Whether a word can stand for its place: long enough to be the only one of its kind on the page."""
+    return len(word) >= 3 and word.isalpha()

@@ -41,7 +41,7 @@ def plan_page(
     rng: Random, *, split: str, fonts: FontSet, layout: Layout, kind: str, cut: bool, crowded: bool = False
 ) -> Page | None:
     """One attempt at a page, or None where the block with the answer does not fit."""
-    style = _style(rng, split, fonts, layout)
+    style = make_style(rng, split, fonts, layout)
     target = _target(rng, style, kind, layout)
     if target is None or target.width > style.width or not 0 < len(target.answer) <= LONGEST_ANSWER:
         return None
@@ -100,7 +100,7 @@ def global_ink(page: Page) -> tuple[float, float]:
     return height * tile / content.height, width * tile / content.width
 
 
-def draw_layout(rng: Random, geometry: Geometry) -> Layout:
+def draw_layout(rng: Random, geometry: Geometry, shares: dict[tuple[int, int], float] = CANVAS_SHARES) -> Layout:
     """A picture size, 1.5 to 3 image pixels to a canvas pixel, whose best canvas is the one drawn.
 
     Under the rule "direct" there is one view, the picture stretched to a tile: a square picture, which has no seams.
@@ -109,8 +109,8 @@ def draw_layout(rng: Random, geometry: Geometry) -> Layout:
     if geometry.rule == "direct":
         side = round(tile * rng.uniform(1.5, 3.0))
         return geometry.layout(side, side)
-    canvases = [c for c in geometry.canvases if (c[0] // tile, c[1] // tile) in CANVAS_SHARES]
-    canvas = rng.choices(canvases, [CANVAS_SHARES[c[0] // tile, c[1] // tile] for c in canvases])[0]
+    canvases = [c for c in geometry.canvases if (c[0] // tile, c[1] // tile) in shares]
+    canvas = rng.choices(canvases, [shares[c[0] // tile, c[1] // tile] for c in canvases])[0]
     rows, columns = canvas[0] // tile, canvas[1] // tile
     while True:
         # The rule of choice gives one row of two tiles only to pictures of exactly 1:2; longer ones get three tiles.
@@ -137,7 +137,7 @@ def _color(rng: Random, span: tuple[int, int], strong: int = -1, strong_span: tu
     return red, green, blue
 
 
-def _style(rng: Random, split: str, fonts: FontSet, layout: Layout) -> Style:
+def make_style(rng: Random, split: str, fonts: FontSet, layout: Layout) -> Style:
     """A font family and colours of reasonable contrast."""
     dark = rng.random() < 0.12
     if dark:

@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from recipes.nano.pages.blocks import Block, Mark, Run
+from recipes.nano.pages.blocks import Block, Mark, Run, Stroke
 from recipes.nano.pages.page import Page
 
 
@@ -19,6 +19,8 @@ def draw_page(page: Page) -> Image.Image:
     sy, sx, oy, ox = frame(page)
     for block in page.blocks:
         _panel(draw, block, page)
+        for stroke in block.strokes:
+            _stroke(draw, stroke, block, page)
         for mark in block.marks:
             _mark(draw, mark, (mark.cx + block.x - ox) / sx, (mark.cy + block.y - oy) / sy, mark.r / sy)
         for run in block.runs:
@@ -73,6 +75,19 @@ def _panel(draw: ImageDraw.ImageDraw, block: Block, page: Page) -> None:
         draw.rectangle((x0, y0, x1, y1), fill=block.fill, outline=block.border, width=width)
     if block.rule is not None:
         draw.line((x0, y1, x1, y1), fill=block.rule, width=width)
+
+
+def _stroke(draw: ImageDraw.ImageDraw, stroke: Stroke, block: Block, page: Page) -> None:
+    sy, sx, oy, ox = frame(page)
+    x0, x1 = (stroke.x0 + block.x - ox) / sx, (stroke.x1 + block.x - ox) / sx
+    y0, y1 = (stroke.y0 + block.y - oy) / sy, (stroke.y1 + block.y - oy) / sy
+    dash, width = 2.0 / sx, max(1, round(0.6 / sx))
+    if not stroke.dashed:
+        draw.line((x0, y0, x1, y1), fill=page.style.ink, width=width)
+        return
+    while x0 < x1:  # dashed lines are level
+        draw.line((x0, y0, min(x0 + dash, x1), y1), fill=page.style.ink, width=width)
+        x0 += 1.8 * dash
 
 
 def _mark(draw: ImageDraw.ImageDraw, mark: Mark, x: float, y: float, r: float) -> None:

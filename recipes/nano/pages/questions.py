@@ -19,6 +19,9 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "shown_date": ("What date is shown?", "Which date is shown?", "Read the date.", "What is the date?", "Date?"),
     "title": ("Read the title.", "What is the title?", "Title?", "What does the title say?", "What is the heading?"),
     "line": ("Read the line that starts with {s}.", "Which line starts with {s}?", "Copy the line starting with {s}."),
+    "cell": ("What is the {s}?", "{s}?", "Read the {s}.", "Find the {s}.", "What does it say for {s}?"),
+    "item": ("How much is the {s}?", "What does {s} cost?", "{s}?", "What is the price of {s}?", "Price of {s}?",
+             "What is the {s}?", "How much for {s}?"),
     "after": ("What comes after {s}?", "What follows {s}?", "{s}?", "What is written after {s}?",
               "Read what comes after {s}."),
 }  # fmt: skip
@@ -38,7 +41,7 @@ def phrase(rng: Random, kind: str, subject: str) -> str:
         text = rng.choice(("How much is the {s}?", "What is the {s} amount?"))
     r = rng.random()
     if kind not in ("line", "after"):  # what is on the page is quoted there as it stands
-        if kind in ("field", "date") and not text.startswith("{s}"):
+        if kind in ("field", "date", "item") and not text.startswith("{s}"):
             subject = subject.lower() if r < 0.7 else subject
         elif r < 0.1:
             subject = subject.upper()

@@ -20,13 +20,13 @@ from recipes.nano.pages.compose import find_page, global_ink
 from recipes.nano.pages.draw import draw_page
 from recipes.nano.pages.fonts import FontSet
 from recipes.nano.pages.page import Page
-from recipes.nano.pages.turns import further_questions, reading_lines
+from recipes.nano.pages.turns import Span, links, reading_lines, turns
 
 CHARSET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.,:-/%$#&()+'"
 NANO_GEOMETRY = Geometry(
     tile=64, patch=8, stride=16, canvases=((64, 128), (128, 64), (128, 128), (192, 64), (64, 192)), fixed_size=128
 )
-MOST_FURTHER = 8
+MOST_FURTHER = 16
 LARGEST_SPACE = 0.5  # em; a wider gap separates columns
 
 __all__ = ["CHARSET", "NANO_GEOMETRY", "SHAPES", "Glyph", "Sample", "locate", "make_sample"]
@@ -34,7 +34,7 @@ __all__ = ["CHARSET", "NANO_GEOMETRY", "SHAPES", "Glyph", "Sample", "locate", "m
 
 @dataclass(frozen=True)
 class Glyph:
-    """A character with the centre of its ink box and the middle of its line (of its capitals), canvas pixels.
+    """A character with the centre of its ink box, the middle of its line and the height of a capital, canvas pixels.
 
     Shapes appear with the characters of `SHAPES`. A space has the middle of its advance and of its line.
     """
@@ -43,6 +43,7 @@ class Glyph:
     cx: float
     cy: float
     line: float
+    cap: float
 
 
 @dataclass
@@ -57,9 +58,10 @@ class Sample:
         glyphs: every glyph, space and shape on the page.
         kind: the kind of question, a key of `compose.KIND_SHARES`.
         answer_glyphs: indices into `glyphs` of the answer's characters, spaces left out.
+        asked: everything asked about the page, its own question first.
+        links: (way, glyph of the value, glyph of its label): where one text belongs to another, see `turns.Link`.
         size: (height, width) of the picture in image pixels.
-        more: further (question, answer) pairs about the page, for training.
-        lines: the page's text in reading order, for training.
+        lines: the page's text in reading order.
         global_ink: median (height, width) of the answer's glyphs in the global view, pixels of that view.
     """
 
@@ -72,14 +74,21 @@ class Sample:
     kind: str
     answer_glyphs: list[int] = field(default_factory=list)
     size: tuple[int, int] = (0, 0)
-    more: list[tuple[str, str]] = field(default_factory=list)
+    asked: list["Asked"] = field(default_factory=list)
+    links: list[tuple[str, int, int]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     global_ink: tuple[float, float] = (0.0, 0.0)
 
-    @property
-    def questions(self) -> list[tuple[str, str]]:
-        """Everything asked about the page, its own question first."""
-        return [(self.question, self.answer), *self.more]
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with its answer, the glyph of each of the answer's characters, and those that name the place."""
+
+    kind: str
+    question: str
+    answer: str
+    glyphs: list[int]
+    anchors: list[int]
 
 
 def make_sample(
@@ -111,55 +120,70 @@ def make_sample(
     coin = rng.random() < 0.5
     wanted = (coin if cut is None else cut) and geometry.rule != "direct"
     page = find_page(rng, split=split, fonts=fonts, geometry=geometry, cut=wanted, measure=render, crowded=crowded)
-    glyphs, answer_glyphs = locate(page)
+    return sample_of(page, rng, wanted, render)
+
+
+def sample_of(page: Page, rng: Random, cut: bool, render: bool) -> Sample:
+    """Draws a planned page and finds everything that can be asked about it."""
+    glyphs, places = locate(page)
+
+    def stands(span: Span) -> list[int]:
+        return places[span.block, span.run][span.start : span.end] if span.run >= 0 else places[span.block, -1]
+
+    asked = [
+        Asked(t.kind, t.question, t.answer, stands(t.span), [stands(a)[-1] for a in t.anchors])
+        for t in turns(page.blocks, page.question, rng, MOST_FURTHER)
+    ]
+    joined = [(link.way, stands(link.value)[0], stands(link.label)[-1]) for link in links(page.blocks)]
     image = draw_page(page) if render else None
     size = (page.layout.height, page.layout.width)
-    more = further_questions(page.blocks, (page.question, page.answer), rng, MOST_FURTHER)
     return Sample(
         image,
         page.question,
         page.answer,
-        wanted,
+        cut,
         page.layout.canvas,
         glyphs,
         page.kind,
-        answer_glyphs,
+        [i for i in asked[0].glyphs if glyphs[i].char != " "],
         size,
-        more,
+        asked,
+        joined,
         reading_lines(page.blocks),
         global_ink(page),
     )
 
 
-def locate(page: Page) -> tuple[list[Glyph], list[int]]:
-    """Every glyph of the page, and which of them are the answer's.
+def locate(page: Page) -> tuple[list[Glyph], dict[tuple[int, int], list[int]]]:
+    """Every glyph of the page, and which of them each run's characters are, by (block, run); -1 for its shape.
 
     A gap between two runs of one line that is as narrow as a space counts as a space: it looks like one.
     """
     glyphs: list[Glyph] = []
-    answer: list[int] = []
+    places: dict[tuple[int, int], list[int]] = {}
     for number, block in enumerate(page.blocks):
         for mark in block.marks:
             x, y = mark.cx + block.x, mark.cy + block.y
-            glyphs.append(Glyph(SHAPES[mark.shape], x, y, y))
+            places[number, -1] = [len(glyphs)]
+            glyphs.append(Glyph(SHAPES[mark.shape], x, y, y, mark.r))
         pen = baseline = -math.inf  # where the last run ended
         for index, run in enumerate(block.runs):
-            asked = number == 0 and block.ask is not None and block.ask.run == index
             x, y, em, face = run.x + block.x, run.y + block.y, run.em, run.face
-            middle = y - em * face.cap_height / 2
+            cap = em * face.cap_height
+            middle = y - cap / 2
             if abs(y - baseline) < em / 4 and 0 < x - pen < LARGEST_SPACE * em:
-                glyphs.append(Glyph(" ", (pen + x) / 2, middle, middle))
-            for i, char in enumerate(run.text):
+                glyphs.append(Glyph(" ", (pen + x) / 2, middle, middle, cap))
+            places[number, index] = []
+            for char in run.text:
                 m = face[char]
+                places[number, index].append(len(glyphs))
                 if char == " ":
-                    glyphs.append(Glyph(" ", x + em * m.advance / 2, middle, middle))
+                    glyphs.append(Glyph(" ", x + em * m.advance / 2, middle, middle, cap))
                 else:
-                    if asked and block.ask.start <= i < block.ask.end:  # type: ignore[union-attr]
-                        answer.append(len(glyphs))
-                    glyphs.append(Glyph(char, x + em * (m.x0 + m.x1) / 2, y + em * (m.y0 + m.y1) / 2, middle))
+                    glyphs.append(Glyph(char, x + em * (m.x0 + m.x1) / 2, y + em * (m.y0 + m.y1) / 2, middle, cap))
                 x += em * m.advance
             pen, baseline = x, y
-    return glyphs, answer
+    return glyphs, places
 
 
 def main(arguments: list[str] | None = None) -> int:
