@@ -12,7 +12,7 @@ again once training ends.
 Shapes: L text length, D width, d width of a head.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,8 @@ class Guidance:
     """
 
     def __init__(self, language_model: nn.Module):
-        self.layers = {layer: language_model.layers[layer].self_attn for layer in {h.layer for h in HEADS.values()}}
+        layers: Any = language_model.layers
+        self.layers = {layer: layers[layer].self_attn for layer in {h.layer for h in HEADS.values()}}
         self.inputs: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
 
     def __enter__(self) -> "Guidance":

@@ -19,10 +19,9 @@ def test_it_loads_strictly_and_is_small():
 
 
 def test_it_keeps_its_record():
-    for name in ("score.json", "score_tiles.json"):
-        score = json.loads((RECORD / name).read_text())
-        assert score["split"] == "test"
-        assert score["intact"]["count"] + score["cut"]["count"] == score["all"]["count"]
+    score = json.loads((RECORD / "score.json").read_text())
+    assert score["split"] == "test"
+    assert score["intact"]["count"] + score["cut"]["count"] == score["all"]["count"]
     assert {log.stem for log in RECORD.glob("*.csv")} == {"vision", "text", "align", "tune"}
 
 

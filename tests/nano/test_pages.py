@@ -14,7 +14,6 @@ from recipes.nano.pages import blocks, compose, draw, seams, words
 from recipes.nano.pages import sample as page_sample
 from recipes.nano.pages.fonts import FONT_LIST, FontSet
 from recipes.nano.pages.page import Page
-from recipes.nano.pages.questions import PHRASES
 from recipes.nano.pages.sample import CHARSET, NANO_GEOMETRY, SHAPES, make_sample
 from recipes.nano.pages.sources import draw as draw_source
 from recipes.nano.pages.turns import LONGEST_READ

@@ -5,6 +5,9 @@ import json
 import pytest
 
 from recipes.nano import score
+from recipes.nano.evaluate import SEED, Fingerprint
+from recipes.nano.pages.fonts import FontSet
+from recipes.nano.pages.sample import make_sample
 from recipes.nano.score import Answered
 
 
@@ -41,3 +44,17 @@ def test_report_counts_cut_and_intact_apart(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
         score.main([str(path)])
     assert "answers.jsonl:1" in capsys.readouterr().err
+
+
+def test_the_first_pages_of_the_frozen_test_are_as_they_were() -> None:
+    try:
+        fonts = FontSet.installed("test", verify=True)
+    except (FileNotFoundError, ValueError) as error:
+        pytest.skip(str(error))
+    fingerprint = Fingerprint()
+    for seed in range(SEED, SEED + 10):
+        fingerprint.add(make_sample(seed, split="test", fonts=fonts))
+    assert fingerprint.pictures.hexdigest() == "0b2c07e63995ca1d067eb459abea76eaa97bc24d25552e28e71d17aa60273197"
+    assert fingerprint.labels.hexdigest() == "06d1bd0a229a91de6aef1faeae454bfe1d3543f9d188bf589f42b32b0a22d907"
+    with pytest.raises(ValueError, match="frozen test"):
+        fingerprint.check()

@@ -9,7 +9,7 @@ import torch
 
 from fila import preset
 from fila.image_processing import FilaImageProcessor
-from recipes.nano import checkpoint, depthwise, evaluate, gates, train
+from recipes.nano import checkpoint, depthwise, evaluate, train
 from recipes.nano.data import (
     CLASSES,
     HELD,
