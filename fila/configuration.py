@@ -4,13 +4,16 @@ Every question that the paper leaves open is a field here; `docs/model.md` lists
 presets are the paper's model and `fila-nano`, the small model that is trained here and shipped.
 """
 
+import os
 from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPVisionConfig, ConvNextConfig, LlavaNextConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, ConvNextConfig, PreTrainedConfig
 
 from fila.geometry import LLAVA_NEXT_CANVASES, Geometry, shared_geometry
+from fila.settings import OwnedFields, make_part, own_names, part_of, refuse_unknown
 
 CLIP_VIT_L_336 = dict(
     hidden_size=1024,
@@ -24,8 +27,20 @@ CLIP_VIT_L_336 = dict(
 CLIP_CONVNEXT_L = dict(hidden_sizes=[192, 384, 768, 1536], depths=[3, 3, 27, 3], patch_size=4)
 
 
+# In each saved folder: lets `trust_remote_code=True` find FILA where nobody has imported it. It holds no code.
+AUTO_FILE = "fila_auto.py"
+AUTO_CLASSES = {
+    "AutoConfig": "FilaConfig",
+    "AutoModel": "FilaModel",
+    "AutoModelForImageTextToText": "FilaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "FilaForConditionalGeneration",
+    "AutoImageProcessor": "FilaImageProcessor",
+    "AutoProcessor": "FilaProcessor",
+}
+
+
 @strict
-class FilaVisionConfig(PreTrainedConfig):
+class FilaVisionConfig(OwnedFields):
     """The hybrid encoder: a ViT over tiles, a ConvNeXt over the whole picture, fused at several depths.
 
     Args:
@@ -42,14 +57,17 @@ class FilaVisionConfig(PreTrainedConfig):
         fusion_gate: "product", `X + tanh(alpha * M)` as the paper writes it, or "scale", `X + tanh(alpha) * M`.
         image_grid_pinpoints: allowed canvases, (height, width) in pixels.
         high_res_rule, high_res_size: the rule by which the ConvNeXt's raster is made; see `fila.geometry.Geometry`.
+
+    `hidden_size`, `image_size` and `patch_size` are the ViT's, and `num_hidden_layers` the number of its layers that
+    are built.
     """
 
     model_type = "fila_vision"
     base_config_key = "vision_config"
     sub_configs = {"vit_config": CLIPVisionConfig, "convnext_config": ConvNextConfig}
 
-    vit_config: dict | PreTrainedConfig | None = None
-    convnext_config: dict | PreTrainedConfig | None = None
+    vit_config: Any = None  # given as a dictionary or a configuration, or not at all; afterwards a configuration
+    convnext_config: Any = None
     vision_feature_layer: int = -2
     fusion: str = "deep"
     fusion_layers: list[int] | None = None
@@ -60,20 +78,43 @@ class FilaVisionConfig(PreTrainedConfig):
     high_res_size: int = 768
 
     def __post_init__(self, **kwargs):
-        if not isinstance(self.vit_config, PreTrainedConfig):
-            self.vit_config = CLIPVisionConfig(**(self.vit_config or CLIP_VIT_L_336))
-        if not isinstance(self.convnext_config, PreTrainedConfig):
-            self.convnext_config = ConvNextConfig(**(self.convnext_config or CLIP_CONVNEXT_L))
+        self.vit_config = make_part(CLIPVisionConfig, self.vit_config, CLIP_VIT_L_336, "vit_config")
+        self.convnext_config = make_part(ConvNextConfig, self.convnext_config, CLIP_CONVNEXT_L, "convnext_config")
         self.image_grid_pinpoints = [list(c) for c in self.image_grid_pinpoints or LLAVA_NEXT_CANVASES]
-        stages, depth = len(self.convnext_config.hidden_sizes), self.num_vit_layers
-        if len(self.convnext_config.depths) != stages:
+        if self.fusion_layers is None:
+            stages, depth = len(self.convnext_config.hidden_sizes), self.num_vit_layers
+            self.fusion_layers = [(i + 1) * (depth + 1) // stages - 1 for i in range(stages - 1)] + [depth - 1]
+        self.check()
+        super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        vit, convnext = self.vit_config, self.convnext_config
+        for place, part, names in (
+            ("vit_config", vit, ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")),
+            ("vit_config", vit, ("image_size", "patch_size")),
+            ("convnext_config", convnext, ("hidden_sizes", "depths", "patch_size")),
+        ):
+            for name in names:
+                value = getattr(part, name)
+                numbers = value if isinstance(value, (list, tuple)) else [value]
+                if not numbers or not all(type(number) is int and number >= 1 for number in numbers):
+                    raise ValueError(f"{place}: expected {name} in whole numbers of at least 1, got {value!r}")
+            if part.num_channels != 3:
+                raise ValueError(f"{place}: expected num_channels 3, red, green and blue, got {part.num_channels}")
+        if vit.hidden_size % vit.num_attention_heads:
             raise ValueError(
-                f"convnext_config: expected {stages} depths, as many as hidden_sizes, got {self.convnext_config.depths}"
+                f"vit_config: expected a hidden_size that {vit.num_attention_heads} heads share, got {vit.hidden_size}"
             )
-        if not 1 <= depth <= self.vit_config.num_hidden_layers:
+        stages, depth = len(convnext.hidden_sizes), self.num_vit_layers
+        if len(convnext.depths) != stages:
+            raise ValueError(
+                f"convnext_config: expected {stages} depths, as many as hidden_sizes, got {convnext.depths}"
+            )
+        convnext.num_stages = stages  # transformers' default of 4 stays whatever the lists say
+        if not 1 <= depth <= vit.num_hidden_layers:
             raise ValueError(
                 f"vision_feature_layer {self.vision_feature_layer} names no layer of a ViT of "
-                f"{self.vit_config.num_hidden_layers} layers"
+                f"{vit.num_hidden_layers} layers"
             )
         if self.fusion != "none" and depth < stages:
             raise ValueError(
@@ -81,21 +122,15 @@ class FilaVisionConfig(PreTrainedConfig):
             )
         if self.fusion_hidden_size is not None and self.fusion_hidden_size < 1:
             raise ValueError(f"expected fusion_hidden_size of at least 1, got {self.fusion_hidden_size}")
-        if self.fusion_layers is None:
-            self.fusion_layers = [(i + 1) * (depth + 1) // stages - 1 for i in range(stages - 1)] + [depth - 1]
-        self._check_fusion_layers(stages)
-        self.geometry()  # raises where tile, patch, canvases and raster do not fit together
-        super().__post_init__(**kwargs)
-
-    def _check_fusion_layers(self, stages: int) -> None:
-        layers, depth = self.fusion_layers or [], self.num_vit_layers
-        if self.fusion == "none":
-            return
-        if len(layers) != stages or sorted(set(layers)) != list(layers) or not 0 <= layers[0] <= layers[-1] < depth:
+        layers = self.fusion_layers or []
+        if self.fusion != "none" and not (
+            len(layers) == stages and sorted(set(layers)) == list(layers) and 0 <= layers[0] <= layers[-1] < depth
+        ):
             raise ValueError(
                 f"fusion_layers must name {stages} ascending ViT layers (one per ConvNeXt stage) in 0..{depth - 1}, "
                 f"got {layers}"
             )
+        self.geometry()  # raises where tile, patch, canvases and raster do not fit together
 
     @property
     def num_vit_layers(self) -> int:
@@ -103,18 +138,10 @@ class FilaVisionConfig(PreTrainedConfig):
         states = self.vit_config.num_hidden_layers + 1
         return self.vision_feature_layer + (states if self.vision_feature_layer < 0 else 0)
 
-    # LLaVA-NeXT's classes read these three of a vision config.
-    @property
-    def hidden_size(self) -> int:
-        return self.vit_config.hidden_size
-
-    @property
-    def image_size(self) -> int:
-        return self.vit_config.image_size
-
-    @property
-    def patch_size(self) -> int:
-        return self.vit_config.patch_size
+    # What LLaVA-NeXT's classes, and engines, read of a vision configuration.
+    hidden_size = part_of("vit_config", "hidden_size")
+    image_size = part_of("vit_config", "image_size")
+    patch_size = part_of("vit_config", "patch_size")
 
     @property
     def convnext_strides(self) -> list[int]:
@@ -135,45 +162,117 @@ class FilaVisionConfig(PreTrainedConfig):
 
 
 @strict
-class FilaConfig(LlavaNextConfig):
+class FilaConfig(OwnedFields):
     """The whole model: `FilaVisionConfig`, LLaVA-NeXT's projector and a language model.
 
     Args:
-        vision_config: `FilaVisionConfig`.
-        text_config: any causal language model's config; Llama by default.
-
-    The canvases and the feature layer belong to `vision_config`; the fields of the same names that
-    `LlavaNextConfig` has are copies of them, and giving them another value is an error.
+        vision_config: `FilaVisionConfig`. It owns the canvases and the feature layer.
+        text_config: any causal language model's config; Llama by default. It owns `use_cache` and
+            `tie_word_embeddings`, which may be given here and are passed on.
+        image_token_index: the token that stands for a piece of a picture; also known as `image_token_id`.
+        projector_hidden_act: the projector's activation.
+        multimodal_projector_bias: whether the projector's layers have a bias.
     """
 
     model_type = "fila"
-    sub_configs = {"text_config": LlavaNextConfig.sub_configs["text_config"], "vision_config": FilaVisionConfig}
+    attribute_map = {"image_token_id": "image_token_index"}
+    sub_configs = {"text_config": AutoConfig, "vision_config": FilaVisionConfig}
 
-    vision_feature_layer: int | None = None
+    vision_config: Any = None  # given as a dictionary or a configuration, or not at all; afterwards a configuration
+    text_config: Any = None
+    image_token_index: int = 32000
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
 
     def __post_init__(self, **kwargs):
-        if not isinstance(self.vision_config, PreTrainedConfig):
-            self.vision_config = FilaVisionConfig(**(self.vision_config or {}))
-        if not isinstance(self.vision_config, FilaVisionConfig):
-            raise ValueError(
-                f"expected vision_config to be a FilaVisionConfig, got {type(self.vision_config).__name__}"
-            )
-        for name in ("vision_feature_layer", "image_grid_pinpoints"):
-            given, owned = getattr(self, name), getattr(self.vision_config, name)
-            if given is not None and not _same(given, owned):
-                raise ValueError(f"{name} belongs to vision_config, which has {owned}; got {given} beside it")
-            setattr(self, name, owned)
-        if self.vision_feature_select_strategy != "default":
-            raise ValueError(
-                'FILA reads patch tokens only: vision_feature_select_strategy must be "default", '
-                f"got {self.vision_feature_select_strategy!r}"
-            )
-        self.image_seq_length = self.vision_config.geometry().grid ** 2
+        self.vision_config = make_part(FilaVisionConfig, self.vision_config, {}, "vision_config")
+        self.text_config = _text_config(self.text_config)
+        for name in own_names(type(self)) & set(kwargs):
+            # transformers drops names that generation has too, such as `use_cache`, so they are set here.
+            setattr(self, name, kwargs.pop(name))
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        if "vision_config" in kwargs:
+            # Checkpoints of FILA 0.1 hold copies of what vision_config owns, which no longer count.
+            copies = ("vision_feature_layer", "image_grid_pinpoints", "image_seq_length")
+            config_dict = {name: value for name, value in config_dict.items() if name not in copies}
+        return super().from_dict(config_dict, **kwargs)
 
-def _same(a, b) -> bool:
-    return [list(c) for c in a] == [list(c) for c in b] if isinstance(a, (list, tuple)) else a == b
+    def check(self) -> None:
+        self.vision_config.check()
+
+    vision_feature_layer = part_of("vision_config", "vision_feature_layer")
+    image_grid_pinpoints = part_of("vision_config", "image_grid_pinpoints")
+    use_cache = part_of("text_config", "use_cache", writable=True)
+    tie_word_embeddings = part_of("text_config", "tie_word_embeddings", writable=True)
+
+    @property
+    def vision_feature_select_strategy(self) -> str:
+        """LLaVA's name for reading the patch tokens and not the class token: FILA reads nothing else."""
+        return "default"
+
+    @vision_feature_select_strategy.setter
+    def vision_feature_select_strategy(self, value: str) -> None:
+        if value != "default":
+            raise ValueError(
+                f'FILA reads patch tokens only: vision_feature_select_strategy must be "default", got {value!r}'
+            )
+
+    @property
+    def image_seq_length(self) -> int:
+        """Tokens of one view."""
+        return self.vision_config.geometry().grid ** 2
+
+    @image_seq_length.setter
+    def image_seq_length(self, value: int) -> None:
+        if value != self.image_seq_length:
+            raise ValueError(f"image_seq_length follows from vision_config: it is {self.image_seq_length}, not {value}")
+
+    @property
+    def _attn_implementation(self):
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None) -> None:
+        known = ["", *self.sub_configs]
+        if unknown := set(value if isinstance(value, dict) else ()) - set(known):
+            raise ValueError(f"attn_implementation: expected keys out of {known}, got {sorted(unknown)}")
+        PreTrainedConfig._attn_implementation.fset(self, value)
+
+    def to_diff_dict(self):
+        """What is saved: beside the settings, where transformers finds the classes."""
+        module = AUTO_FILE.removesuffix(".py")
+        return super().to_diff_dict() | {"auto_map": {auto: f"{module}.{name}" for auto, name in AUTO_CLASSES.items()}}
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """Saves `config.json` and the file that `auto_map` names, which imports the package `fila`."""
+        os.makedirs(save_directory, exist_ok=True)
+        names = ", ".join(dict.fromkeys(AUTO_CLASSES.values()))
+        Path(save_directory, AUTO_FILE).write_text(
+            f'"""Names the classes of the installed package `fila` for transformers; no code of its own."""\n\n'
+            f"from fila import {names}\n"
+        )
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """Does nothing: transformers would copy this package's source into every saved folder."""
+
+
+def _text_config(given: Any) -> PreTrainedConfig:
+    if isinstance(given, PreTrainedConfig):
+        return given
+    if not isinstance(given, (dict, type(None))):
+        raise ValueError(f"text_config: expected a configuration or a dictionary, got {type(given).__name__}")
+    given = {"model_type": "llama", **(given or {})}
+    if given["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(f"text_config: expected a model_type that transformers knows, got {given['model_type']!r}")
+    kind = CONFIG_MAPPING[given["model_type"]]
+    # Language models' configurations carry names of their own makers: what is nearly a known name is a slip.
+    refuse_unknown(kind, given, likeness=0.9, place="text_config")
+    return kind(**given)
 
 
 NANO_CANVASES = [[64, 128], [128, 64], [128, 128], [192, 64], [64, 192]]

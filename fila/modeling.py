@@ -2,38 +2,94 @@
 
 The projector, the order of tokens, unpadding, newlines, generation and loss are inherited from
 `transformers.models.llava_next`. Two things differ: images come with a high-resolution raster, and the vision tower
-returns the layer that is read as its last state.
+returns the layer that is read as its last state. Arguments stand in LLaVA-NeXT's order, FILA's own last.
 
 Source: FILA (arXiv 2412.08378), section 3.4; token order from LLaVA-NeXT.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.generation import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.models.llava_next.modeling_llava_next import (
+    LlavaNextCausalLMOutputWithPast,
     LlavaNextForConditionalGeneration,
     LlavaNextModel,
+    LlavaNextModelOutputWithPast,
     LlavaNextPreTrainedModel,
 )
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from fila.configuration import FilaConfig
-from fila.vision import FilaVisionModel
+from fila.vision import FilaVisionModel, loses_gradient
+
+# Arguments of one forward pass that stand for pictures.
+PICTURE_INPUTS = ("pixel_values", "image_sizes", "high_res_pixel_values", "mm_encoder_outputs")
+# Arguments of the loss that no layer takes.
+LOSS_INPUTS = ("num_items_in_batch", "shift_labels", "ignore_index")
+
+
+@dataclass
+class FilaModelOutputWithPast(LlavaNextModelOutputWithPast):
+    """What `FilaModel` returns.
+
+    `image_hidden_states` [tokens of all pictures, text width]: the embeddings that took the placeholders' places, None
+    without a picture. The other fields are the language model's own.
+    """
+
+
+@dataclass
+class FilaCausalLMOutputWithPast(LlavaNextCausalLMOutputWithPast):
+    """What `FilaForConditionalGeneration` returns: `loss`, `logits` and the fields of `FilaModelOutputWithPast`."""
+
+
+def _carry(output: ModelOutput, source: ModelOutput) -> Any:
+    """Copies the fields that only `source` has, by whatever names this version of transformers gives them."""
+    for name, value in source.items():
+        if name != "last_hidden_state" and name not in output:
+            output[name] = value
+    return output
 
 
 class FilaPreTrainedModel(LlavaNextPreTrainedModel):
-    """Weight initialisation and loading shared by the classes below."""
+    """Weight initialisation, loading and attention shared by the classes below."""
 
     config: FilaConfig
     config_class = FilaConfig
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """Sets how attention is computed: one name for all parts, or a dictionary by `text_config` and `vision_config`.
+
+        transformers knows two levels of configurations, and the ViT's is on the third: it would take another part's.
+
+        Raises:
+            ValueError: a key that names no part, which transformers would ignore.
+        """
+        by_part = attn_implementation if isinstance(attn_implementation, dict) else {}
+        known = ["", *self.config.sub_configs]
+        if unknown := set(by_part) - set(known):
+            raise ValueError(f"attn_implementation: expected keys out of {known}, got {sorted(unknown)}")
+        base = self.base_model
+        tower = base.vision_tower
+        tower_only = tower.attention_by_part() if isinstance(attn_implementation, dict) else attn_implementation
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        tower.set_attn_implementation(by_part.get("vision_config", tower_only))
 
 
 class FilaModel(FilaPreTrainedModel, LlavaNextModel):
     """Hybrid encoder, projector and language model, without the language model's head."""
 
+    @can_return_tuple
+    @merge_with_config_defaults
     def get_image_features(
         self,
         pixel_values: Tensor,
-        image_sizes: Tensor | None,
+        image_sizes: Tensor | list,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
         high_res_pixel_values: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
@@ -42,25 +98,42 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
         Args:
             pixel_values: [n_images, max_views, 3, tile, tile].
             image_sizes: [n_images, 2], height and width in the picture's own pixels.
+            vision_feature_layer, vision_feature_select_strategy: may only repeat the configuration, for which the
+                encoder was built.
             high_res_pixel_values: [n_images, 3, H, W]; needed unless the configuration has fusion "none".
+            kwargs: `output_hidden_states` and `output_attentions` as in `FilaVisionModel.forward`.
 
         Returns:
             `pooler_output`: one tensor [num_tokens, text width] per picture, global view first, then the unpadded tile
             rows with one newline each. `last_hidden_state`: the encoder's, all views.
         """
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            given, settled = kwargs.pop(name, None), getattr(self.config, name)
-            if given not in (None, settled):
-                raise ValueError(f"{name} cannot be changed for one call: expected {settled!r}, got {given!r}")
-        kwargs.pop("return_dict", None)
+        self._refuse_other(vision_feature_layer, vision_feature_select_strategy)
         layouts = self.vision_tower.layouts(pixel_values, high_res_pixel_values, image_sizes)
-        hidden = self.vision_tower(
-            pixel_values, high_res_pixel_values, image_sizes, layouts=layouts, **kwargs
-        ).last_hidden_state
-        views = self.multi_modal_projector(hidden[:, 1:]).split([layout.num_views for layout in layouts])
-        sizes = [(layout.height, layout.width) for layout in layouts]
-        features, _ = self.pack_image_features(views, sizes, "default", self.image_newline)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=features)
+        encoded = self.vision_tower(
+            pixel_values, high_res_pixel_values, image_sizes, layouts=layouts, return_dict=True, **kwargs
+        )
+        views = self.multi_modal_projector(encoded.last_hidden_state[:, 1:])
+        features, _ = self.pack_image_features(
+            views.split([layout.num_views for layout in layouts]),
+            [(layout.height, layout.width) for layout in layouts],
+            "default",
+            self.image_newline,
+        )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=features,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def _refuse_other(self, vision_feature_layer: int | None, vision_feature_select_strategy: str | None) -> None:
+        for name, given in (
+            ("vision_feature_layer", vision_feature_layer),
+            ("vision_feature_select_strategy", vision_feature_select_strategy),
+        ):
+            settled = getattr(self.config, name)
+            if given is not None and (isinstance(given, Tensor) or given != settled):
+                raise ValueError(f"{name} cannot be changed for one call: expected {settled!r}, got {given!r:.60}")
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor, image: BaseModelOutputWithPooling) -> Tensor:
         """Puts image features in the places of the image tokens.
@@ -80,21 +153,28 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
         mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
         return inputs_embeds.masked_scatter(mask, features)
 
+    @can_return_tuple
+    @merge_with_config_defaults
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
-        high_res_pixel_values: Tensor | None = None,
+        image_sizes: Tensor | list | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict | None = None,
+        high_res_pixel_values: Tensor | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> FilaModelOutputWithPast:
         """Runs the language model over text in which every image token has been replaced by its image feature.
+
+        That there are as many image tokens as image features is checked where there are features; image tokens alone
+        are embedded like any other token, since the pictures of a part of a prompt may have been seen before.
 
         Args:
             input_ids: [batch, length]; each picture's placeholder already repeated `Layout.num_tokens` times.
@@ -103,89 +183,217 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        kwargs.pop("return_dict", None)
+        image = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and len(pixel_values):
+            if image is not None:
+                raise ValueError("expected pictures as pixel_values or encoded as mm_encoder_outputs, got both")
+            image = self.get_image_features(
+                pixel_values,
+                image_sizes,
+                vision_feature_layer,
+                vision_feature_select_strategy,
+                high_res_pixel_values,
+                return_dict=True,
+            )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        image = (mm_encoder_outputs or {}).get("image")
-        if image is None and pixel_values is not None and len(pixel_values):
-            image = self.get_image_features(pixel_values, image_sizes, high_res_pixel_values)
         if image is not None:
             inputs_embeds = self.embed(input_ids, inputs_embeds, image)
-        elif input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            # Image tokens without pictures are a mistake; this is the check above with no features at all.
-            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0, inputs_embeds.shape[-1]))
-        return self.language_model(
+        elif self.training and self._is_shared_with_others():
+            inputs_embeds = inputs_embeds + self._features_of_nothing().to(inputs_embeds)
+        if any(loses_gradient(inputs_embeds, layer) for layer in getattr(self.language_model, "layers", ())):
+            inputs_embeds = inputs_embeds.detach().requires_grad_()
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is None:
+                kwargs.pop(name, None)
+                if getattr(self.config, name, False):
+                    kwargs[name] = True
+        outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
+        features = None if image is None else torch.cat(list(image.pooler_output))
+        result = FilaModelOutputWithPast(last_hidden_state=outputs.last_hidden_state, image_hidden_states=features)
+        return _carry(result, outputs)
+
+    def _is_shared_with_others(self) -> bool:
+        """Whether other processes wait for this one's gradients or shards of what makes the image features."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        parts = (self.vision_tower, self.multi_modal_projector)
+        weights = [self.image_newline, *(weight for part in parts for weight in part.parameters())]
+        return any(weight.requires_grad or hasattr(weight, "placements") for weight in weights)
+
+    def _features_of_nothing(self) -> Tensor:
+        """Zero, by way of every weight that a picture would pass: a batch of text alone takes part in collectives.
+
+        Gradients of zero are what distributed training needs of a process that has no picture, where its neighbours
+        have some; without them it waits for ever or refuses the next step.
+        """
+        geometry = self.config.vision_config.geometry()
+        height, width = min(geometry.canvases, key=lambda canvas: canvas[0] * canvas[1])
+        layout = geometry.layout(height, width)
+        newline = self.image_newline
+        image = self.get_image_features(
+            newline.new_zeros(1, layout.num_views, 3, geometry.tile, geometry.tile),
+            [[height, width]],
+            high_res_pixel_values=newline.new_zeros(1, 3, *layout.raster),
+            return_dict=True,
+        )
+        return torch.cat(list(image.pooler_output)).sum() * 0
+
+
+class NoImageToken(LogitsProcessor):
+    """Forbids the image token: once generated, it would ask for an image feature that does not exist."""
+
+    def __init__(self, image_token: int):
+        self.image_token = image_token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, self.image_token] = -torch.inf
+        return scores
 
 
 class FilaForConditionalGeneration(FilaPreTrainedModel, LlavaNextForConditionalGeneration):
     """FILA with its language-model head: what is trained, saved, loaded and asked."""
 
     def __init__(self, config: FilaConfig):
+        config.check()
         LlavaNextPreTrainedModel.__init__(self, config)
         self.model = FilaModel(config)
         self.lm_head = torch.nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-        # A generated image token would ask for an image feature that does not exist.
+        # For engines that read generation_config.json and not this class; `generate` forbids the token by itself.
         self.generation_config.suppress_tokens = [config.image_token_id]
 
+    @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, image_sizes: Tensor, high_res_pixel_values: Tensor | None = None, **kwargs
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | list,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        high_res_pixel_values: Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """See `FilaModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, image_sizes, high_res_pixel_values, **kwargs)
+        return self.model.get_image_features(
+            pixel_values,
+            image_sizes,
+            vision_feature_layer,
+            vision_feature_select_strategy,
+            high_res_pixel_values,
+            return_dict=True,
+            **kwargs,
+        )
 
+    @can_return_tuple
+    @merge_with_config_defaults
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
-        high_res_pixel_values: Tensor | None = None,
+        image_sizes: Tensor | list | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict | None = None,
+        high_res_pixel_values: Tensor | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> FilaCausalLMOutputWithPast:
         """Logits and, with `labels` [batch, length] (-100 where nothing is asked), the next-token loss.
 
-        The other arguments are those of `FilaModel.forward`; `logits_to_keep` as everywhere in transformers.
+        The other arguments are those of `FilaModel.forward`; `logits_to_keep`, `num_items_in_batch` and `shift_labels`
+        (labels already moved by one, as context-parallel training gives them) as everywhere in transformers.
         """
-        kwargs.pop("return_dict", None)
-        num_items = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        for_loss = {name: kwargs.pop(name) for name in LOSS_INPUTS if name in kwargs}
         outputs = self.model(
-            input_ids=input_ids,
+            input_ids,
             pixel_values=pixel_values,
             image_sizes=image_sizes,
-            high_res_pixel_values=high_res_pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
             use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
+            high_res_pixel_values=high_res_pixel_values,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
-        if labels is not None:
+        if labels is not None or for_loss.get("shift_labels") is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **num_items
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **for_loss, **kwargs
             )
-        # The language model's own fields by whatever names this version of transformers gives them.
-        carried = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **carried)
+        return _carry(FilaCausalLMOutputWithPast(loss=loss, logits=logits), outputs)
+
+    def generate(
+        self, inputs: Tensor | None = None, generation_config=None, logits_processor=None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `transformers.GenerationMixin.generate`; the image token is never generated, whatever else is asked."""
+        processors = LogitsProcessorList([*(logits_processor or ()), NoImageToken(self.config.image_token_id)])
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> FilaCausalLMOutputWithPast:
+        """The pass over the prompt; in chunks (`prefill_chunk_size`), pictures are merged into the whole prompt first.
+
+        A chunk alone does not know which image features are its own: transformers drops them (5.19) or merges them
+        into the first chunk (5.17).
+        """
+        chunk = generation_config.prefill_chunk_size
+        given = {name: model_kwargs[name] for name in PICTURE_INPUTS if model_kwargs.get(name) is not None}
+        if chunk is None or not is_first_iteration or not given or model_kwargs.get("inputs_embeds") is not None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        image = given.pop("mm_encoder_outputs", {}).get("image")
+        if image is None and given.get("pixel_values") is not None:
+            image = self.model.get_image_features(**given, return_dict=True)
+        kept = {name: value for name, value in model_kwargs.items() if name not in PICTURE_INPUTS}
+        mask, positions = kept.pop("attention_mask", None), kept.pop("position_ids", None)
+        cache = kept["past_key_values"]
+        past = int(cache.get_seq_length())
+        if past and mask is not None and mask.shape[1] == input_ids.shape[1]:
+            input_ids = input_ids[:, past:]  # the whole conversation was given, and its beginning is in the cache
+        embeds = self.get_input_embeddings()(input_ids)
+        embeds = embeds if image is None else self.model.embed(input_ids, embeds, image)
+        forward = self
+        if self._valid_auto_compile_criteria(model_kwargs, generation_config):
+            forward = self.get_compiled_call(generation_config.compile_config)
+        for ids, part in zip(input_ids.split(chunk, 1), embeds.split(chunk, 1), strict=True):
+            end = past + ids.shape[1]
+            inputs = self.prepare_inputs_for_generation(
+                ids,
+                inputs_embeds=part,
+                is_first_iteration=True,
+                attention_mask=None if mask is None else mask[:, :end],
+                position_ids=None if positions is None else positions[..., past:end],
+                **{**kept, "past_key_values": cache},
+            )
+            outputs = forward(**inputs, return_dict=True)
+            cache, past = outputs.past_key_values, end
+        return outputs
 
 
 __all__ = ["FilaForConditionalGeneration", "FilaModel", "FilaPreTrainedModel", "FilaVisionModel"]

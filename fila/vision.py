@@ -9,28 +9,50 @@ once per group (at most as many times as there are canvases), and no picture eve
 Source: FILA (arXiv 2412.08378), sections 3.2 and 3.3.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, ConvNextConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPPreTrainedModel, CLIPVisionEmbeddings
+from transformers.models.clip.modeling_clip import (
+    CLIPAttention,
+    CLIPEncoderLayer,
+    CLIPPreTrainedModel,
+    CLIPVisionEmbeddings,
+)
 from transformers.models.convnext.modeling_convnext import (
     ConvNextEmbeddings,
     ConvNextLayer,
     ConvNextPreTrainedModel,
     ConvNextStage,
 )
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from fila.configuration import FilaVisionConfig
 from fila.fusion import Fusion, build_fusion
 from fila.geometry import Layout
 
 
+def loses_gradient(x: Tensor, layer: nn.Module) -> bool:
+    """Whether reentrant checkpointing would leave the layer's weights without a gradient, since `x` needs none."""
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    if x.requires_grad or checkpoint is None or not (layer.training and layer.gradient_checkpointing):
+        return False
+    reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+    return reentrant and torch.is_grad_enabled() and any(weight.requires_grad for weight in layer.parameters())
+
+
 class CheckpointedConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
     """A ConvNeXt block that honours `gradient_checkpointing_enable()`, as transformers' own does not."""
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = x.detach().requires_grad_() if loses_gradient(x, self) else x
+        return super().__call__(x, *args, **kwargs)
 
 
 class FilaViT(CLIPPreTrainedModel):
@@ -46,9 +68,21 @@ class FilaViT(CLIPPreTrainedModel):
         self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(num_layers))
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.patch_embedding = value
+
 
 class FilaConvNext(ConvNextPreTrainedModel):
     """The ConvNeXt's stages without the pooling head, with the names of `transformers.ConvNextModel`."""
+
+    # It has no attention, so that every implementation will do; without these, none but "eager" would load.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(self, config: ConvNextConfig):
         super().__init__(config)
@@ -63,6 +97,12 @@ class FilaConvNext(ConvNextPreTrainedModel):
             )
             self.stages.append(stage)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.patch_embeddings = value
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """[B, 3, h, w] to each stage's map, channels last: [B, h/s, w/s, C]."""
@@ -111,6 +151,27 @@ def group_views(layouts: list[Layout], strides: list[int], device: torch.device)
     return groups
 
 
+def sizes_of(image_sizes: Any) -> list[tuple[int, int]]:
+    """Height and width of each picture, from a tensor, an array or lists, in pixels.
+
+    Lists never become a tensor, so that `torch.export` keeps their numbers.
+
+    Raises:
+        ValueError: if there is no picture, or something else than two whole numbers for one.
+    """
+    if image_sizes is None:
+        raise ValueError("expected image_sizes [n_images, 2] beside pixel_values, got none")
+    sizes = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
+    try:
+        found = [tuple(size.tolist() if hasattr(size, "tolist") else size) for size in sizes]
+    except TypeError:
+        found = []
+    if not found or not all(len(size) == 2 and all(type(side) is int for side in size) for size in found):
+        shape = f"{list(image_sizes.shape)} in {image_sizes.dtype}" if hasattr(image_sizes, "shape") else repr(sizes)
+        raise ValueError(f"expected image_sizes [n_images, 2] in whole pixels of at least one picture, got {shape}")
+    return found
+
+
 class FilaVisionModel(PreTrainedModel):
     """ViT, ConvNeXt and fusion as one encoder.
 
@@ -129,8 +190,10 @@ class FilaVisionModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_record_outputs = {"attentions": CLIPAttention}
 
     def __init__(self, config: FilaVisionConfig):
+        config.check()
         super().__init__(config)
         self.vit = FilaViT(config.vit_config, config.num_vit_layers)
         fusion = build_fusion(config)
@@ -144,6 +207,26 @@ class FilaVisionModel(PreTrainedModel):
         if isinstance(module, Fusion):
             module.init_fresh()
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vit.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.vit.set_input_embeddings(value)
+
+    def attention_by_part(self) -> dict[str, str]:
+        """How attention is computed, as `set_attn_implementation` takes it."""
+        parts = {"": self.config, **{name: getattr(self.config, name) for name in self.config.sub_configs}}
+        return {name: config._attn_implementation for name, config in parts.items()}
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """Sets how attention is computed: one name, or a dictionary with "" or `vit_config` as its key."""
+        configs = [getattr(self.config, name) for name in self.config.sub_configs]
+        for config in configs:
+            # transformers marks what it has set and unmarks no more than two levels: the third would stay as it is.
+            vars(config).pop("_attn_was_changed", None)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -158,11 +241,15 @@ class FilaVisionModel(PreTrainedModel):
             pixel_values: [n_images, max_views, 3, tile, tile], the global view first; rows past a picture's own views
                 are padding and are not read.
             high_res_pixel_values: [n_images, 3, H, W], each raster in the upper left corner; not read without fusion.
-            image_sizes: [n_images, 2], height and width of each picture in its own pixels.
+            image_sizes: [n_images, 2], height and width of each picture in its own pixels. As a list they are
+                constants to `torch.export`.
             layouts: what the method `layouts` returned for these tensors, where the caller has asked it before.
+            kwargs: `output_hidden_states` and `output_attentions`, by default the configuration's.
 
         Returns:
             `last_hidden_state` [T, 1 + N, D]: the class token and the patch tokens of every view, picture by picture.
+            `hidden_states`: the first layer's input, then every layer's output with the fusion that follows it.
+            `attentions`: of every ViT layer; computed by the implementation "eager" only.
 
         Raises:
             ValueError: if the tensors do not fit each other or the configuration.
@@ -178,24 +265,53 @@ class FilaVisionModel(PreTrainedModel):
             for group in groups:
                 height, width = group.raster
                 rasters.append(high_res_pixel_values[group.images, :, :height, :width])
-        x = self.encode(views, rasters, groups, **kwargs)
-        if order != sorted(order):
-            parts = dict(zip(order, x.split([layouts[i].num_views for i in order]), strict=True))
-            x = torch.cat([parts[i] for i in range(len(layouts))])
-        return BaseModelOutput(last_hidden_state=x)
+        encoded = self._encode(views, rasters, groups, return_dict=True, **kwargs)
+        if order == sorted(order):
+            return encoded
+        counts = [layouts[i].num_views for i in order]
 
-    def encode(self, views: Tensor, rasters: list[Tensor], groups: list[ViewGroup], **kwargs) -> Tensor:
+        def in_order(x: Tensor) -> Tensor:
+            parts = dict(zip(order, x.split(counts), strict=True))
+            return torch.cat([parts[i] for i in range(len(layouts))])
+
+        return BaseModelOutput(
+            **{
+                name: in_order(value)
+                if isinstance(value, Tensor)
+                else tuple(x if x is None else in_order(x) for x in value)
+                for name, value in encoded.items()
+            }
+        )
+
+    def encode(self, views: Tensor, rasters: list[Tensor], groups: list[ViewGroup]) -> Tensor:
         """Encodes [T, 3, tile, tile] views, group by group, and each group's rasters [B_group, 3, h, w].
 
         Returns [T, 1 + N, D]. Without fusion there are no rasters. No value is looked at, so that `torch.export` can
         trace the method (`fila.aot`).
         """
+        return self._encode(views, rasters, groups, return_dict=True).last_hidden_state
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def _encode(
+        self,
+        views: Tensor,
+        rasters: list[Tensor],
+        groups: list[ViewGroup],
+        output_hidden_states: bool | Sequence[int] | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
         dtype = self.vit.embeddings.patch_embedding.weight.dtype
         x = self.vit.pre_layrnorm(self.vit.embeddings(views.to(dtype)))
         maps = [self.convnext(raster.to(dtype)) for raster in rasters] if self.convnext is not None else []
         fusion_after = dict(zip(self.config.fusion_layers or [], self.fusion, strict=True)) if len(self.fusion) else {}
         counts = [group.image_index.shape[0] for group in groups]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        # A list of layers asks for their outputs alone, by position, as in transformers.
+        chosen = None if isinstance(output_hidden_states, bool) else output_hidden_states
+        states: list[Tensor | None] = [x] if output_hidden_states and chosen is None else []
         for i, layer in enumerate(self.vit.layers):
+            x = x.detach().requires_grad_() if loses_gradient(x, layer) else x
             x = layer(x, None, **kwargs)
             if i in fusion_after:
                 fused = [
@@ -203,23 +319,18 @@ class FilaVisionModel(PreTrainedModel):
                     for g, x_group in enumerate(x.split(counts) if len(counts) > 1 else [x])
                 ]
                 x = fused[0] if len(fused) == 1 else torch.cat(fused)
-        return x
+            if output_hidden_states:
+                states.append(x if chosen is None or i in chosen else None)
+        return BaseModelOutput(last_hidden_state=x, hidden_states=tuple(states) if output_hidden_states else None)
 
     def layouts(self, pixel_values: Tensor, high_res_pixel_values: Tensor | None, image_sizes) -> list[Layout]:
         """Each picture's layout, after checking that the tensors have room for it."""
-        if image_sizes is None:
-            raise ValueError("expected image_sizes [n_images, 2] beside pixel_values, got none")
-        sizes = torch.as_tensor(image_sizes)
-        if sizes.ndim != 2 or sizes.shape[1] != 2 or not len(sizes) or sizes.is_floating_point():
-            raise ValueError(
-                f"expected image_sizes [n_images, 2] in whole pixels of at least one picture, "
-                f"got {list(sizes.shape)} in {sizes.dtype}"
-            )
+        sizes = sizes_of(image_sizes)
         for name, pixels in (("pixel_values", pixel_values), ("high_res_pixel_values", high_res_pixel_values)):
             if pixels is not None and not pixels.is_floating_point():
                 raise ValueError(f"expected {name} normalised, in a float dtype, got {pixels.dtype}")
         geometry = self.config.geometry()
-        layouts = [geometry.layout(height, width) for height, width in sizes.tolist()]
+        layouts = [geometry.layout(height, width) for height, width in sizes]
         tile = geometry.tile
         if pixel_values.ndim != 5 or tuple(pixel_values.shape[2:]) != (3, tile, tile):
             raise ValueError(

@@ -35,7 +35,7 @@ from upstream_tests.test_processing_common import ProcessorTesterMixin  # isort:
 from upstream_tests.test_training_mixin import TrainingTesterMixin  # isort: skip
 
 TILE, PATCH, STRIDE = 8, 4, 8
-IMAGE_TOKEN = 98
+IMAGE_TOKEN = 4
 TEXT = dict(
     model_type="llama", vocab_size=99, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -74,8 +74,7 @@ class Questions:
         }
 
     def prepare_config_and_inputs_for_common(self):
-        ids = ids_tensor([self.batch_size, self.seq_length], IMAGE_TOKEN - 3) + 3
-        ids[ids == IMAGE_TOKEN] = 3
+        ids = ids_tensor([self.batch_size, self.seq_length], TEXT["vocab_size"] - 5) + 5
         ids[:, 1 : 1 + self.num_image_tokens] = IMAGE_TOKEN
         return self.get_config(), {**self.pixels(), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -130,7 +129,9 @@ class ModelTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
 
     def setUp(self):
         self.model_tester = self.inputs_class(self)
-        self.config_tester = ConfigTester(self, config_class=self.config_class, has_text_modality=False, common_properties=["image_token_id"])
+        self.config_tester = ConfigTester(
+            self, config_class=self.config_class, has_text_modality=False, common_properties=["image_token_id"]
+        )
 
     def test_config(self):
         self.config_tester.run_common_tests()
@@ -169,7 +170,12 @@ class LlavaNextProcessorTest(ProcessorTests, unittest.TestCase):
     @staticmethod
     def prepare_processor_dict():
         template = build_character_tokenizer().chat_template
-        return {"chat_template": template, "patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        return {
+            "chat_template": template,
+            "patch_size": PATCH,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        }
 
 
 class FilaProcessorTest(ProcessorTests, unittest.TestCase):
