@@ -235,8 +235,10 @@ def _check_length(model: FilaForConditionalGeneration, prompt: int, new: int) ->
 def _embed(model: FilaForConditionalGeneration, inputs: Any) -> Tensor:
     """[batch, length, width]: the prompts' embeddings, with the pictures' in the places of the image tokens."""
     image = model.get_image_features(
-        inputs["pixel_values"], inputs["image_sizes"], inputs.get("high_res_pixel_values")
-    )  # fmt: skip
+        inputs["pixel_values"],
+        inputs["image_sizes"],
+        high_res_pixel_values=inputs.get("high_res_pixel_values"),
+    )
     ids = inputs["input_ids"]
     return model.model.embed(ids, model.get_input_embeddings()(ids), image)
 

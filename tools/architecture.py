@@ -40,7 +40,7 @@ LAYERS = {
         ("settings", "configuration images"),
         ("", "image_samples"),
         ("", "image_files"),
-        ("base", "geometry errors"),
+        ("base", "geometry settings errors"),
     ),
     "fila_kernels": (
         ("public names", "__init__ info aot testing"),
