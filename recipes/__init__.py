@@ -1,1 +1,1 @@
-"""How the models of this project are trained: code and settings that use `fila` and that nothing in it imports."""
+"""Recipes that train this project's models. They import `fila`; nothing in `fila` imports them."""

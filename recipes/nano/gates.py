@@ -4,8 +4,8 @@
     python -m recipes.nano.gates text   --run runs/nano        # answers about pages given as characters
     python -m recipes.nano.gates tune   --run runs/nano        # both, from pictures
 
-An answer counts when every character and the end are the likeliest ones, given the characters before: just then greedy
-decoding gives it. The questions of a page follow each other in one conversation, as in training.
+An answer counts if each of its characters and its end are the likeliest given the characters before: exactly then does
+greedy decoding give it. The questions of a page follow each other in one conversation, as in training.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Guided attention: tells single heads of the language model where to look, from what the generator knows of a page.
 
-Some heads of the second layer learn what belongs to what while the picture is read, and where the place lies that a
-question names; one head of the third looks, for every character of an answer, at the patch that character stands in.
+Heads of the second layer learn which patches belong together, while the picture is read, and the place that a question
+names, at the question's end. One head of the third layer looks, per character of an answer, at that character's patch.
 The loss of a head is the mean of -log of its attention there. The model itself does not change, and heads are free
 again once training ends.
 

@@ -1,4 +1,4 @@
-"""What each stage of training runs, learns and leaves alone.
+"""Defines the stages of training: what runs, what learns, what stays frozen.
 
     vision   stage 0: the hybrid tower learns the character map of a page (nothing is pretrained)
     text     stage 0: the language model answers questions about pages given as text on a grid

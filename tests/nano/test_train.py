@@ -1,4 +1,4 @@
-"""Training end to end at two steps a stage: targets, freezing, resuming, export and evaluation."""
+"""Training end to end at two steps per stage: targets, freezing, resuming, export and evaluation."""
 
 import json
 from collections import Counter

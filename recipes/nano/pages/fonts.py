@@ -1,4 +1,4 @@
-"""Fonts as the generator sees them: faces with linear metrics, grouped into the training and the test families.
+"""Loads fonts as faces with linear metrics, grouped into the training and the test families.
 
 Metrics are taken once per glyph at a large size and scaled, so that a page can be laid out without drawing it. Units
 are em (the font size), x to the right from the pen, y down from the baseline.

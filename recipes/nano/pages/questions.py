@@ -1,4 +1,4 @@
-"""How questions are put: paraphrases for every kind, `{s}` standing for the label, prefix or shape asked about."""
+"""Paraphrases of every kind of question; `{s}` stands for the label, prefix or shape that it asks about."""
 
 from random import Random
 

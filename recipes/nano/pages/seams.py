@@ -1,7 +1,7 @@
-"""What a seam does to a glyph: how much of its ink lies on each side, measured on the finished canvas.
+"""Measures what a seam does to a glyph: the share of its ink on each side, on the finished canvas.
 
-The glyph is drawn alone at image resolution and taken to the canvas by the very resize the processor uses; the ink is
-then summed on both sides of every tile boundary. A glyph is *cut* when a seam leaves at least a fifth of its ink on
+The glyph is drawn alone at image resolution and resized to the canvas as the processor resizes; the ink is then summed
+on both sides of every tile boundary. A glyph is *cut* when a seam leaves at least a fifth of its ink on
 each side; an answer is *intact* when no seam leaves more than a hundredth of any of its glyphs on the other side.
 """
 

@@ -1,4 +1,4 @@
-"""What a stage of training is shown: a mixture of kinds of pages, each page following from its seed.
+"""Mixes the kinds of pages that a stage of training sees. Each page follows from its seed.
 
 cards      the pages of the test (`sample`), planned on its canvases and seen on the model's
 dense      the same planned on the model's own canvases, smaller therefore, and filled up with lines

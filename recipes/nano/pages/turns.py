@@ -1,4 +1,4 @@
-"""What a page can teach beside the question it was made for: further questions, what belongs to what, its whole text.
+"""Adds to a page what else it can teach: further questions, pairs that belong together, its whole text.
 
 A place in the text is a *span*: (block, run, start, end), `end` None for the whole rest of the run.
 """

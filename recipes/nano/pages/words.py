@@ -1,4 +1,4 @@
-"""What is written on the pages: words, names, amounts, dates, codes and the labels that go with them.
+"""Draws what is written on the pages: words, names, amounts, dates, codes and the labels that go with them.
 
 Words belong to one split for good: a word whose hash says "test" is never drawn for training. Labels, months and the
 names of shapes are shared, because questions name them. Numbers and codes are random and shared.
