@@ -1,6 +1,6 @@
 // Runs an exported hybrid encoder without Python: `encode PACKAGE LIBRARY INPUTS OUTPUT`.
 //
-// PACKAGE comes from `python -m fila.export`, LIBRARY is libfila_kernels.so. INPUTS is a list of tensors that
+// PACKAGE comes from `python -m fila.aot`, LIBRARY is libfila_kernels.so. INPUTS is a list of tensors that
 // torch.save wrote: views [T, 3, tile, tile], rasters [B, 3, h, w], boxes [T, 4] in raster pixels, image_index [T].
 // OUTPUT is one tensor for torch.load: tokens [T, 1 + N, D].
 
