@@ -28,13 +28,13 @@ test-fast: setup ## run the tests that take no more than some ten seconds each
 	$(RUN) -m pytest tests -m "not slow" $(ARGS)
 
 test-transformers: setup ## run the model's tests on the oldest supported transformers and the newest
-	$(RUN) tools/transformers_versions.py $(ARGS)
+	$(RUN) tools/versions.py transformers $(ARGS)
 
 test-triton: setup ## run the Triton kernels' tests on the oldest supported Triton and the newest, and time them
-	$(RUN) tools/triton_versions.py $(ARGS)
+	$(RUN) tools/versions.py triton $(ARGS)
 
 test-aot: setup ## compile the products in bfloat16 with every config that the tuner would try, by both Tritons, for five architectures (half an hour; goes on)
-	$(RUN) tools/triton_versions.py --configs $(ARGS)
+	$(RUN) tools/versions.py triton --configs $(ARGS)
 
 test-cuda: setup ## compile every unit of csrc/cuda for three architectures, look at the binaries, record (no GPU)
 	$(RUN) tools/cuda_units.py $(ARGS)
@@ -57,7 +57,7 @@ bench: setup ## run the benchmarks of bench/
 	$(RUN) -m bench.run $(ARGS)
 
 gpu: ## on a machine with an NVIDIA GPU: correctness, tuning, benchmarks, end to end (no set-up, no network)
-	@PYTHONPATH=. $(PYTHON) -m bench.gpu $(ARGS)
+	@PYTHONPATH=. $(PYTHON) -m tools.gpu $(ARGS)
 
 train-nano: setup ## train fila-nano from nothing into runs/nano (hours on a CPU; goes on where it stopped)
 	for stage in vision text align tune; do $(RUN) -m recipes.nano.train $$stage --out runs/nano $(ARGS) || exit; done

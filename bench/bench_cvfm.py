@@ -1,41 +1,92 @@
-"""`cvfm` over the real shapes, this package against its baselines; `python -m bench.run` calls it.
+"""`cvfm` over the real shapes: this package's backends against the baselines of `bench.variants`.
 
-Every round runs all variants once, in an order that rotates, so that what disturbs one disturbs all. Before anything is
-timed a variant has to agree with the definition in float64, in its result and in every gradient. pytest-benchmark
-drives the rounds and keeps the time of this package's own variant, so that its `--benchmark-save` and
-`--benchmark-compare` compare two versions of this package.
+`python -m bench.run` compares all of them in turns. `python -m pytest bench/bench_cvfm.py --benchmark-only` times each
+backend by itself with pytest-benchmark, whose `--benchmark-save` and `--benchmark-compare` compare two versions.
 """
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
+import torch
+from torch import Tensor
 
-from bench import measure
-from bench.cases import SUITES, Case
-from bench.settings import Settings
+from bench import engine
+from bench.baselines import rounded
+from bench.engine import Comparison, Contestant
+from bench.roofline import cvfm_works
+from bench.variants import BACKENDS, DEFAULTS, REGISTRY, Variant, backend_obstacle, obstacle
+from bench.verify import Gate, Verdict, cvfm_gate, step
+from bench.workloads import SUITES, Workload, default_suite
 
-SETTINGS = Settings.read()
-CASES = list(dict.fromkeys(case for suite in SETTINGS.suites() for case in SUITES.get(suite, ())))
+DIRECTIONS = ("forward", "forward+backward")
 
 
-@pytest.mark.bench
-@pytest.mark.benchmark(timer=measure.own_time)
-@pytest.mark.parametrize("direction", measure.DIRECTIONS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_cvfm(benchmark, case: Case, direction: str) -> None:
-    if SETTINGS.time_is_up():
-        pytest.skip("time is up")
-    if not measure.pending(SETTINGS, case, direction):
-        pytest.skip("measured before")
-    measurement = measure.Measurement(SETTINGS, case, direction)
-    measurement.judge()
-    red = measurement.red()
-    if red:
-        measurement.record({})
-        pytest.fail(f"{case.name}, {direction}: differs from the definition, so nothing is timed: {'; '.join(red)}")
-    measurement.prepare()
-    assert measurement.runners, f"{case.name}, {direction}: nothing to time: {measurement.notes}"
-    benchmark.pedantic(measurement.round(), rounds=SETTINGS.rounds, warmup_rounds=1)
-    # The first round warms up.
-    seconds = {name: times[1:] or times for name, times in measurement.seconds.items()}
-    measurement.record(seconds)
-    medians = {name: measure.records.quantile(times, 0.5) for name, times in seconds.items()}
-    benchmark.extra_info.update({f"{name}_ms": median * 1e3 for name, median in medians.items()})
+def variants(device: torch.device, direction: str, names: Sequence[str] = ()) -> dict[str, str | None]:
+    """The named variants, or the device's usual ones, each with why it cannot take part, if so."""
+    wanted = [REGISTRY[name] for name in names or DEFAULTS[device.type] if name in REGISTRY]
+    return {v.name: obstacle(v, device) for v in wanted if direction == "forward" or not v.forward_only}
+
+
+def comparison(workload: Workload, direction: str, device: torch.device, names: Sequence[str]) -> Comparison:
+    """Every variant on the same random inputs; baselines get the boxes rounded, as lists."""
+    if any(name.startswith("compile") for name in names):
+        # Each workload is a new shape; past its limit of shapes dynamo runs eager without a word.
+        torch._dynamo.reset()
+    sets = [workload.inputs(seed, device) for seed in range(engine.num_sets(workload.input_bytes(), device))]
+    grad = torch.randn_like(sets[0]["tokens"]) if direction != "forward" else None
+    contestants = [_contestant(REGISTRY[name], workload, sets, grad) for name in names]
+
+    def gate():
+        @functools.lru_cache(maxsize=1)  # both would fill a GPU; baselines come first
+        def of(ours: bool) -> Gate:
+            boxes = sets[0]["boxes"]
+            return cvfm_gate(workload, sets[0] | {"boxes": boxes if ours else rounded(boxes)}, grad)
+
+        def verdict(contestant: Contestant, found: Any) -> Verdict:
+            return of(contestant.ours)(found)
+
+        return verdict
+
+    passes = 1 if direction == "forward" else 3
+    return Comparison(
+        "cvfm", workload.name, direction, workload.dtype, contestants, gate, len(sets), workload.work(passes),
+        cvfm_works(workload, direction),
+    )  # fmt: skip
+
+
+def _contestant(
+    variant: Variant, workload: Workload, sets: Sequence[dict[str, Tensor]], grad: Tensor | None
+) -> Contestant:
+    function = functools.cache(variant.make)
+
+    def arguments(index: int) -> dict[str, Any]:
+        inputs = sets[index]
+        if variant.backend:
+            return inputs
+        boxes, images = rounded(inputs["boxes"]).int().tolist(), inputs["image_index"].tolist()
+        return inputs | {"boxes": boxes, "image_index": images}
+
+    def kept() -> int:
+        leaves = {n: t.detach().requires_grad_() if n in workload.wanted else t for n, t in arguments(0).items()}
+        forward = functools.partial(function(), **leaves, num_prefix_tokens=workload.prefix)
+        return engine.kept_for_backward(forward, leaves.values())
+
+    return Contestant(
+        variant.name,
+        lambda index: step(
+            function(), arguments(index), workload.wanted, grad, num_prefix_tokens=workload.prefix
+        ),
+        ours=bool(variant.backend), graph=variant.graph, kept=kept if grad is not None else None,
+    )  # fmt: skip
+
+
+DEVICE = engine.default_device()
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if backend_obstacle(name, DEVICE) is None])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("workload", SUITES[default_suite(DEVICE)], ids=lambda workload: workload.name)
+def test_cvfm(benchmark, workload: Workload, direction: str, backend: str) -> None:
+    engine.run_benchmark(benchmark, comparison(workload, direction, DEVICE, [backend]), DEVICE)

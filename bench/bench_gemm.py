@@ -1,115 +1,103 @@
-"""The two products with their epilogues against the vendor library's plain product of the same M, N and K.
+"""The two products of `cvfm` with their epilogues, by the triton backend, against the vendor library's plain product.
 
-`cublas` is `torch.mm` over rows that exist already, without bias, activation, gate or residual; `torch` is what eager
-PyTorch needs to get the same result. GPU only.
+`cublas` is `torch.mm` of the same M, N and K over rows that exist already, without bias, activation, gate or residual.
+`unfused` is the same result in eager PyTorch calls. GPU only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import measure, roofline
-from bench.cases import DTYPES, SUITES, Case
-from bench.contest import Contest, Make
-from bench.settings import Settings
-from bench.timing import num_sets
-from bench.variants import absent
+from bench import engine
+from bench.engine import Comparison, Contestant, Step
+from bench.roofline import gemm_work
+from bench.variants import backend_obstacle
+from bench.verify import Gate
+from bench.workloads import DTYPES, SUITES, Workload, default_suite
 from fila_kernels import planner, reference
-from fila_kernels.call import Call, Shape
+from fila_kernels.call import Call
 
-SETTINGS = Settings.read()
-CASES = list(dict.fromkeys(case for suite in SETTINGS.suites() for case in SUITES.get(suite, ())))
+DIRECTIONS = ("fc1", "fc2")
+
+
+def variants(device: torch.device, direction: str, names: Sequence[str] = ()) -> dict[str, str | None]:
+    """The named contestants, or all, each with why it cannot take part, if so."""
+    obstacle = backend_obstacle("triton", device)
+    return {name: obstacle for name in ("cublas", "unfused", "triton") if not names or name in names}
 
 
 class Operands:
-    """One set of buffers: S and A beside the inputs, as the kernels keep them, rows [T, P + N, width]."""
+    """One set of buffers: beside the inputs S, [X ; S] and A as the kernels keep them, rows [T, P + N, width]."""
 
-    def __init__(self, case: Case, inputs: dict[str, Tensor]) -> None:
-        self.inputs = inputs
-        shape = Shape(
-            case.tiles, case.prefix, case.grid, case.token_width, case.hidden_width, case.channels, case.images,
-            case.side, case.side,
-        )  # fmt: skip
-        tokens = inputs["tokens"]
-        plan = planner.choose(shape, tokens.dtype, tokens.device, "sample_first")
-        self.call = Call(*inputs.values(), shape, "product", plan)
-        rows = tokens.shape[:2]
-        sampled = reference.crop_resize(inputs["features"], inputs["boxes"], inputs["image_index"], case.grid)
-        self.sampled = tokens.new_zeros(*rows, case.channels)
-        self.sampled[:, case.prefix :] = sampled.flatten(1, 2)
+    def __init__(self, workload: Workload, inputs: dict[str, Tensor]) -> None:
+        self.inputs, tokens = inputs, inputs["tokens"]
+        plan = planner.choose(workload.shape, tokens.dtype, tokens.device, "sample_first", "triton")
+        self.call = Call(*inputs.values(), workload.shape, "product", plan)
+        sampled = reference.crop_resize(inputs["features"], inputs["boxes"], inputs["image_index"], workload.grid)
+        self.sampled = tokens.new_zeros(*tokens.shape[:2], workload.channels)
+        self.sampled[:, workload.prefix :] = sampled.flatten(1, 2)
         self.joint = torch.cat([tokens, self.sampled], dim=-1)
         self.activated = F.gelu(F.linear(self.joint, inputs["fc1_weight"], inputs["fc1_bias"]))
-        self.hidden_out = torch.empty_like(self.activated)
-        self.out = torch.empty_like(tokens)
+        self.outputs = {"fc1": torch.empty_like(self.activated), "fc2": torch.empty_like(tokens)}
 
+    def fused(self, part: str) -> Tensor:
+        from fila_kernels.backends.triton import gemm
 
-def ways(operands: list[Operands], part: str) -> dict[str, Make]:
-    """Calls that give [T, P + N, H or D]."""
-    from fila_kernels.backends.triton import gemm
-
-    def fused(o: Operands) -> Tensor:
         if part == "fc1":
-            gemm.fc1(o.call, o.sampled, None, o.hidden_out)
-            return o.hidden_out
-        gemm.fc2(o.call, o.activated, o.out, None)
-        return o.out
+            gemm.fc1(self.call, self.sampled, None, self.outputs[part])
+        else:
+            gemm.fc2(self.call, self.activated, self.outputs[part], None)
+        return self.outputs[part]
 
-    def plain(o: Operands) -> Tensor:
-        left, weight, out = (
-            (o.joint, o.call.fc1_weight, o.hidden_out) if part == "fc1" else (o.activated, o.call.fc2_weight, o.out)
+    def plain(self, part: str) -> Tensor:
+        left = self.joint if part == "fc1" else self.activated
+        torch.mm(left.flatten(0, 1), self.inputs[f"{part}_weight"].t(), out=self.outputs[part].flatten(0, 1))
+        return self.outputs[part]
+
+    def unfused(self, part: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The product with its epilogue, in any dtype."""
+        i = {name: t.to(dtype or t.dtype) for name, t in self.inputs.items() if name != "image_index"}
+        if part == "fc1":
+            return F.gelu(F.linear(self.joint.to(i["tokens"].dtype), i["fc1_weight"], i["fc1_bias"]))
+        branch = F.linear(self.activated.to(i["tokens"].dtype), i["fc2_weight"], i["fc2_bias"])
+        return i["tokens"] + torch.tanh(i["alpha"] * branch)
+
+
+def comparison(workload: Workload, part: str, device: torch.device, names: Sequence[str]) -> Comparison:
+    """The contestants over the same rows; prefix tokens' rows are computed and not judged."""
+    sets = range(engine.num_sets(workload.input_bytes(), device))
+    operands = [Operands(workload, workload.inputs(seed, device)) for seed in sets]
+    calls: dict[str, Callable[[Operands, str], Tensor]] = {
+        "cublas": Operands.plain, "unfused": Operands.unfused, "triton": Operands.fused,
+    }  # fmt: skip
+
+    def contestant(name: str) -> Contestant:
+        def bind(index: int) -> Step:
+            return lambda: calls[name](operands[index], part)
+
+        return Contestant(name, bind, ours=name == "triton", gated=name != "cublas")
+
+    def gate() -> Callable[[Contestant, Tensor], object]:
+        exact, eager = (
+            operands[0].unfused(part, dtype)[:, workload.prefix :] for dtype in (torch.float64, DTYPES[workload.dtype])
         )
-        torch.mm(left.flatten(0, 1), weight.t(), out=out.flatten(0, 1))
-        return out
+        judge = Gate({part: exact}, {part: eager})
+        return lambda _, found: judge(found[:, workload.prefix :])
 
-    def eager(o: Operands) -> Tensor:
-        return defined(o, part, o.call.tokens.dtype)
-
-    def make(function: Callable[[Operands], Tensor]) -> Make:
-        return lambda index: lambda: function(operands[index])
-
-    return {"cublas": make(plain), "torch": make(eager), "triton": make(fused)}
+    work = gemm_work(workload, part)
+    contestants = [contestant(name) for name in names]
+    return Comparison("gemm", workload.name, part, workload.dtype, contestants, gate, len(operands), work, [work])
 
 
-def defined(o: Operands, part: str, dtype: torch.dtype) -> Tensor:
-    """The product with its epilogue, in any dtype."""
-    i = {name: t.to(dtype) for name, t in o.inputs.items() if name != "image_index"}
-    if part == "fc1":
-        return F.gelu(F.linear(o.joint.to(dtype), i["fc1_weight"], i["fc1_bias"]))
-    branch = F.linear(o.activated.to(dtype), i["fc2_weight"], i["fc2_bias"])
-    return i["tokens"] + torch.tanh(i["alpha"] * branch)
+DEVICE = engine.default_device()
 
 
-@pytest.mark.bench
-@pytest.mark.benchmark(timer=measure.own_time)
-@pytest.mark.parametrize("part", ["fc1", "fc2"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_gemm(benchmark, case: Case, part: str) -> None:
-    device = SETTINGS.torch_device()
-    reason = absent("triton", device)
-    if reason:
-        pytest.skip(reason)
-    if SETTINGS.time_is_up():
-        pytest.skip("time is up")
-    contest = Contest(SETTINGS, "gemm", case, part)
-    names = contest.pending(["cublas", "torch", "triton"])
-    if not names:
-        pytest.skip("measured before")
-    sets = num_sets(case.input_bytes(), device)
-    operands = [Operands(case, case.inputs(seed, device)) for seed in range(sets)]
-    found = ways(operands, part)
-    prefix = case.prefix
-    results = tuple(defined(operands[0], part, dtype)[:, prefix:] for dtype in (torch.float64, DTYPES[case.dtype]))
-    rows = case.tiles * (case.prefix + case.grid**2)
-    d, h = case.token_width, case.hidden_width
-    depth, width = (d + case.channels, h) if part == "fc1" else (h, d)
-    size = DTYPES[case.dtype].itemsize
-    work = roofline.Work(2 * rows * depth * width, size * (rows * (depth + width) + depth * width))
-    timed = {name: found[name] for name in names}
-    red = contest.run(
-        benchmark, timed, sets, ["triton"], (results[0], results[1]), {}, work, lambda result: result[:, prefix:],
-        ungated=("cublas",),
-    )  # fmt: skip
-    assert not red, f"{case.name}, {part}: differs from the definition, so nothing is timed: {', '.join(red)}"
+@pytest.mark.skipif(backend_obstacle("triton", DEVICE) is not None, reason="Triton's kernels need a CUDA device")
+@pytest.mark.parametrize("variant", ["cublas", "triton"])
+@pytest.mark.parametrize("part", DIRECTIONS)
+@pytest.mark.parametrize("workload", SUITES[default_suite(DEVICE)], ids=lambda workload: workload.name)
+def test_gemm(benchmark, workload: Workload, part: str, variant: str) -> None:
+    engine.run_benchmark(benchmark, comparison(workload, part, DEVICE, [variant]), DEVICE)

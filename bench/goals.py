@@ -1,233 +1,215 @@
-"""The goals on a GPU, and what a CSV says about each: `docs/benchmarks.md` is filled from here.
+"""The goals on a GPU, and what a CSV says about each; docs/benchmarks.md is filled from here.
 
-Own time is that of the fastest of this package's backends with the planner's plan; torch.compile's that of its fastest
-variant. Sums over stages are sums of medians.
+This package's time is that of its fastest backend with the planner's plan, torch.compile's that of its fastest variant.
+Sums over stages are sums of medians.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-Row = dict[str, str]
-Rows = dict[tuple[str, str, str, str], Row]  # (operation, case, direction, variant)
-OWN = ("eager", "native", "triton", "torch", "cuda")  # the last two in rows from before the backends were renamed
+from bench.records import Row
+from bench.variants import BACKENDS
+
+EAGER = ("tuned_eager",)
 COMPILED = ("compile", "compile_no_graphs", "compile_tapped")
 STAGES = (1, 2, 3, 4)
-MANY = (8, 32)
+RASTERS = (768, 1536)
+BOTH = "forward+backward"
 NOT_MEASURED = "not measured"
 
 
-def index(rows: Iterable[Row]) -> Rows:
+def floor_ms(row: Row) -> float:
+    """The least time on the measured roof."""
+    return 1e3 * max(float(row[f"floor_{kind}"]) / float(row[f"roof_{kind}"]) for kind in ("flops", "bytes"))
+
+
+def ms(row: Row) -> float:
+    return float(row["p50_ms"])
+
+
+def workloads(rasters: Iterable[int], images: int, stages: Iterable[int] = STAGES) -> list[str]:
+    """Names of those in bfloat16 with hidden width 1024."""
+    suffix = f"-b{images}" if images > 1 else ""
+    return [f"{raster}-stage{stage}-bfloat16{suffix}" for raster in rasters for stage in stages]
+
+
+def with_suffix(suffix: str) -> tuple[str, ...]:
+    return tuple(backend + suffix for backend in BACKENDS)
+
+
+class Measured:
     """The last timed row of each kind."""
-    return {(r["operation"], r["case"], r["direction"], r["variant"]): r for r in rows if r["p50_ms"]}
 
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = {(r["operation"], r["workload"], r["direction"], r["variant"]): r for r in rows if r["p50_ms"]}
 
-def case(raster: int, stage: int, images: int) -> str:
-    return f"{raster}-stage{stage}-bfloat16" + (f"-b{images}" if images > 1 else "")
+    def fastest(
+        self, workload: str, direction: str, variants: Iterable[str] = BACKENDS, operation: str = "cvfm"
+    ) -> Row | None:
+        keys = ((operation, workload, direction, variant) for variant in variants)
+        return min((self.rows[key] for key in keys if key in self.rows), key=ms, default=None)
 
+    def all(self, names: Sequence[str], direction: str, variants: Iterable[str] = BACKENDS) -> list[Row] | None:
+        """The fastest of every workload; None unless all were measured."""
+        rows = [row for name in names if (row := self.fastest(name, direction, variants))]
+        return rows if len(rows) == len(names) else None
 
-def fastest(rows: Rows, name: str, direction: str, variants: Iterable[str], operation: str = "cvfm") -> Row | None:
-    found = [rows[key] for v in variants if (key := (operation, name, direction, v)) in rows]
-    return min(found, key=lambda row: float(row["p50_ms"]), default=None)
+    def pairs(
+        self, names: Iterable[str], direction: str, left: Iterable[str], right: Iterable[str], operation: str = "cvfm"
+    ) -> list[tuple[Row, Row]]:
+        """The fastest of the left and of the right variants, for workloads that have both."""
+        found = (
+            (self.fastest(n, direction, left, operation), self.fastest(n, direction, right, operation)) for n in names
+        )
+        return [(a, b) for a, b in found if a and b]
 
+    def names(self, operation: str) -> list[str]:
+        return list(dict.fromkeys(name for kind, name, *_ in self.rows if kind == operation))
 
-def own(rows: Rows, name: str, direction: str, suffix: str = "") -> Row | None:
-    return fastest(rows, name, direction, [backend + suffix for backend in OWN])
+    def speed_up(
+        self, raster: int, direction: str, base: Iterable[str], stages: Iterable[int] = STAGES
+    ) -> float | None:
+        """The base's time over this package's, summed over stages; the lower of 8 and 32 images."""
+        found = []
+        for images in (8, 32):
+            names = workloads([raster], images, stages)
+            left, right = self.all(names, direction, base), self.all(names, direction)
+            if left and right:
+                found.append(sum(map(ms, left)) / sum(map(ms, right)))
+        return min(found, default=None)
 
+    def floor_share(self, direction: str) -> float | None:
+        rows = self.all(workloads(RASTERS, 32), direction)
+        return sum(map(floor_ms, rows)) / sum(map(ms, rows)) if rows else None
 
-def speed_up(rows: Rows, names: list[str], direction: str, base: Iterable[str]) -> float | None:
-    """The base's time over this package's, summed over the cases; None unless all of them are there."""
-    pairs = [(fastest(rows, name, direction, base), own(rows, name, direction)) for name in names]
-    if not all(left and right for left, right in pairs):
-        return None
-    times = [(float(left["p50_ms"]), float(right["p50_ms"])) for left, right in pairs if left and right]
-    return sum(left for left, _ in times) / sum(right for _, right in times)
+    def graph_microseconds(self) -> float | None:
+        rows = self.all(workloads([1536], 1), "forward", with_suffix("_graph"))
+        return 1e3 * sum(map(ms, rows)) / len(rows) if rows else None
 
+    def gemm_share(self) -> float | None:
+        names = self.names("gemm")
+        pairs = [p for part in ("fc1", "fc2") for p in self.pairs(names, part, ["cublas"], BACKENDS, "gemm")]
+        return min((ms(plain) / ms(fused) for plain, fused in pairs), default=None)
 
-def lowest(values: Iterable[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return min(found, default=None)
+    def bandwidth_share(self) -> float | None:
+        found = (self.fastest(n, "backward", operation="crop_resize") for n in workloads(RASTERS, 8))
+        return min(
+            (float(r["floor_bytes"]) / (ms(r) * 1e-3) / float(r["roof_bytes"]) for r in found if r), default=None
+        )
 
+    def kept_share(self, suffix: str = "") -> float | None:
+        pairs = self.pairs(workloads(RASTERS, 8), BOTH, with_suffix(suffix), EAGER)
+        shares = (
+            float(a["kept_bytes"]) / float(b["kept_bytes"]) for a, b in pairs if a["kept_bytes"] and b["kept_bytes"]
+        )
+        return max(shares, default=None)
 
-def many(rows: Rows, raster: int, direction: str, base: Iterable[str], stages: Iterable[int] = STAGES) -> float | None:
-    """The lowest speed-up of those numbers of images, from 8 on, that were measured."""
-    return lowest(speed_up(rows, [case(raster, s, n) for s in stages], direction, base) for n in MANY)
+    def recompute_cost(self) -> float | None:
+        pairs = self.pairs(workloads(RASTERS, 8), BOTH, with_suffix("_recompute"), BACKENDS)
+        return max((ms(again) / ms(kept) - 1 for again, kept in pairs), default=None)
 
+    def host_microseconds(self) -> float | None:
+        rows = (self.fastest(name, "forward") for name in workloads(RASTERS, 1))
+        return max((1e3 * float(row["host_ms"]) for row in rows if row and row["host_ms"]), default=None)
 
-def floor_share(rows: Rows, direction: str) -> float | None:
-    """The floor's share of the time, over both rasters and four stages at 32 images."""
-    found = [own(rows, case(raster, s, 32), direction) for raster in (768, 1536) for s in STAGES]
-    timed = [row for row in found if row]
-    if len(timed) < len(found):
-        return None
-    floors = [
-        1e3 * max(float(r["floor_flops"]) / float(r["roof_flops"]), float(r["floor_bytes"]) / float(r["roof_bytes"]))
-        for r in timed
-    ]
-    return sum(floors) / sum(float(row["p50_ms"]) for row in timed)
+    def largest_error(self) -> float | None:
+        fused = (row for row in self.rows.values() if row["variant"] in ("native", "triton"))
+        return max((float(row["error"]) for row in fused if row["error"]), default=None)
 
-
-def graph_microseconds(rows: Rows) -> float | None:
-    found = [own(rows, case(1536, s, 1), "forward", "_graph") for s in STAGES]
-    times = [float(row["p50_ms"]) * 1e3 for row in found if row]
-    return sum(times) / len(times) if len(times) == len(found) else None
-
-
-def bandwidth_share(rows: Rows) -> float | None:
-    """crop_resize's backward pass, least bytes over time over the copy's; the lowest of 8 images' cases."""
-    found = [
-        fastest(rows, case(raster, s, 8), "backward", OWN, "crop_resize") for raster in (768, 1536) for s in STAGES
-    ]  # fmt: skip
-    return lowest(
-        float(r["floor_bytes"]) / (float(r["p50_ms"]) * 1e-3) / float(r["roof_bytes"]) for r in found if r
-    )  # fmt: skip
-
-
-def kept_share(rows: Rows, suffix: str = "") -> float | None:
-    """The largest share of tuned eager's kept activations, 8 images."""
-    shares = []
-    for raster in (768, 1536):
-        for stage in STAGES:
-            name = case(raster, stage, 8)
-            base, ours = rows.get(("cvfm", name, "forward+backward", "tuned_eager")), own(
-                rows, name, "forward+backward", suffix
-            )  # fmt: skip
-            if base and ours and base["kept_bytes"] and ours["kept_bytes"]:
-                shares.append(float(ours["kept_bytes"]) / float(base["kept_bytes"]))
-    return max(shares, default=None)
-
-
-def recompute_time(rows: Rows) -> float | None:
-    """How much longer a step takes that keeps nothing, at worst, 8 images."""
-    costs = []
-    for raster in (768, 1536):
-        for stage in STAGES:
-            name = case(raster, stage, 8)
-            kept, again = own(rows, name, "forward+backward"), own(rows, name, "forward+backward", "_recompute")
-            if kept and again:
-                costs.append(float(again["p50_ms"]) / float(kept["p50_ms"]) - 1)
-    return max(costs, default=None)
-
-
-def host_microseconds(rows: Rows) -> float | None:
-    """The longest forward call's, one image, of the backend that is fastest there."""
-    found = [own(rows, case(raster, s, 1), "forward") for raster in (768, 1536) for s in STAGES]
-    return max((float(row["host_ms"]) * 1e3 for row in found if row and row["host_ms"]), default=None)
-
-
-def largest_error(rows: Rows) -> float | None:
-    return max((float(r["error"]) for key, r in rows.items() if key[3] in OWN[1:] and r["error"]), default=None)
-
-
-def atomic_cost(rows: Rows) -> float | None:
-    """How much longer the gathering backward pass takes than the atomic one, at worst; negative where it is faster."""
-    costs = []
-    for (operation, name, direction, variant), scattered in rows.items():
-        if (operation, direction, variant) == ("crop_resize", "backward", "scattered"):
-            gathered = fastest(rows, name, "backward", OWN, "crop_resize")
-            if gathered:
-                costs.append(float(gathered["p50_ms"]) / float(scattered["p50_ms"]) - 1)
-    return max(costs, default=None)
+    def gather_cost(self) -> float | None:
+        pairs = self.pairs(self.names("crop_resize"), "backward", BACKENDS, ["scattered"], "crop_resize")
+        return max((ms(gathered) / ms(scattered) - 1 for gathered, scattered in pairs), default=None)
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is wanted, and how each of its numbers is read off the rows and printed."""
+    """What is wanted, and how its numbers are read from the rows and printed."""
 
     what: str
     must: str
     aim: str
-    read: tuple[Callable[[Rows], float | None], ...]
+    read: tuple[Callable[[Measured], float | None], ...]
     form: str = "{:.2f}x"
 
 
-EAGER = ("tuned_eager",)
 GOALS = (
     Goal(
         "forward, four stages, hidden 1024, 8 or more images, 768 input, against tuned eager / torch.compile",
         "1.7x / 1.25x", "1.95x / 1.45x",
-        (lambda r: many(r, 768, "forward", EAGER), lambda r: many(r, 768, "forward", COMPILED)),
+        (lambda m: m.speed_up(768, "forward", EAGER), lambda m: m.speed_up(768, "forward", COMPILED)),
     ),
     Goal(
         "the same, 1536 input",
         "1.5x / 1.1x", "1.75x / 1.3x",
-        (lambda r: many(r, 1536, "forward", EAGER), lambda r: many(r, 1536, "forward", COMPILED)),
+        (lambda m: m.speed_up(1536, "forward", EAGER), lambda m: m.speed_up(1536, "forward", COMPILED)),
     ),
     Goal(
         "forward, stage 4 with 768 input, against torch.compile",
         "1.4x", "1.8x",
-        (lambda r: many(r, 768, "forward", COMPILED, (4,)),),
+        (lambda m: m.speed_up(768, "forward", COMPILED, [4]),),
     ),
     Goal(
         "forward + backward against tuned eager, 768 / 1536 input",
         "1.9x / 2.6x", "2.4x / 3.6x",
-        tuple(lambda r, raster=raster: many(r, raster, "forward+backward", EAGER) for raster in (768, 1536)),
+        (lambda m: m.speed_up(768, BOTH, EAGER), lambda m: m.speed_up(1536, BOTH, EAGER)),
     ),
     Goal(
         "forward + backward, stage 1 at 1536, against tuned eager",
         "4x", "7x",
-        (lambda r: many(r, 1536, "forward+backward", EAGER, (1,)),),
+        (lambda m: m.speed_up(1536, BOTH, EAGER, [1]),),
     ),
     Goal(
         "fraction of the floor at 32 images, forward / forward + backward",
         "0.68 / 0.65", "0.75 / 0.72",
-        (lambda r: floor_share(r, "forward"), lambda r: floor_share(r, "forward+backward")),
+        (lambda m: m.floor_share("forward"), lambda m: m.floor_share(BOTH)),
         "{:.2f}",
     ),
     Goal(
         "GEMM with its epilogue against cuBLAS's plain GEMM, same M, N, K: the slowest of fc1 and fc2",
         "0.90", "0.97",
-        (lambda r: gemm_share(r),),
+        (Measured.gemm_share,),
         "{:.2f}",
     ),
     Goal(
         "one image of 5 tiles in a CUDA graph, forward, mean of the four stages at 1536",
         "38 us", "33 us",
-        (graph_microseconds,),
+        (Measured.graph_microseconds,),
         "{:.0f} us",
     ),
     Goal(
         "crop-resize backward kernel, share of measured copy bandwidth (dF written once, dS read once)",
         "75 %", "90 %",
-        (bandwidth_share,),
+        (Measured.bandwidth_share,),
         "{:.0%}",
     ),
     Goal(
         "activations kept for backward, against eager: as planned / with recompute",
         "0.4 / 0.25", "none, at the time below",
-        (kept_share, lambda r: kept_share(r, "_recompute")),
+        (Measured.kept_share, lambda m: m.kept_share("_recompute")),
         "{:.2f}",
     ),
-    Goal("time of a step that keeps nothing, over the planned one", "-", "at most +25 %", (recompute_time,), "{:+.0%}"),
-    Goal("host time a call", "50 us", "30 us", (host_microseconds,), "{:.0f} us"),
-    Goal("error against float64, over eager's", "1.1x", "1.0x", (largest_error,)),
+    Goal(
+        "time of a step that keeps nothing, over the planned one", "-", "at most +25 %", (Measured.recompute_cost,),
+        "{:+.0%}",
+    ),
+    Goal("host time per call", "50 us", "30 us", (Measured.host_microseconds,), "{:.0f} us"),
+    Goal("error against float64, over eager's", "1.1x", "1.0x", (Measured.largest_error,)),
     Goal(
         "cost of bitwise-equal repeats: gathering over atomic crop-resize backward",
         "tested", "at most 2 %",
-        (atomic_cost,),
+        (Measured.gather_cost,),
         "{:+.0%}",
     ),
 )  # fmt: skip
 
 
-def gemm_share(rows: Rows) -> float | None:
-    """cuBLAS's time over the fused GEMM's, at worst."""
-    shares = []
-    for (operation, name, direction, variant), plain in rows.items():
-        if (operation, variant) == ("gemm", "cublas"):
-            fused = fastest(rows, name, direction, OWN, "gemm")
-            if fused:
-                shares.append(float(plain["p50_ms"]) / float(fused["p50_ms"]))
-    return min(shares, default=None)
-
-
-def measured(goal: Goal, rows: Rows) -> str:
-    values = [read(rows) for read in goal.read]
-    if all(value is None for value in values):
-        return NOT_MEASURED
-    return " / ".join(NOT_MEASURED if value is None else goal.form.format(value) for value in values)
-
-
 def lines(rows: Iterable[Row]) -> list[list[str]]:
     """Goal, must, aim, measured; `rows` are one GPU's."""
-    found = index(rows)
-    return [[goal.what, goal.must, goal.aim, measured(goal, found)] for goal in GOALS]
+    found = Measured(rows)
+    table = []
+    for goal in GOALS:
+        values = [read(found) for read in goal.read]
+        told = " / ".join(NOT_MEASURED if value is None else goal.form.format(value) for value in values)
+        nothing = all(value is None for value in values)
+        table.append([goal.what, goal.must, goal.aim, NOT_MEASURED if nothing else told])
+    return table

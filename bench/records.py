@@ -7,15 +7,19 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from bench.timing import quantile
+from bench.engine import Comparison, Result, quantile
+from bench.roofline import measure_roof
+from bench.workloads import DTYPES
 from fila_kernels import tuned
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+Row = dict[str, str]
 # Name and meaning of each column; docs/benchmarks.md lists them from here.
 COLUMNS = {
     "device": "the processor's or GPU's name",
@@ -24,33 +28,37 @@ COLUMNS = {
     "commit": "of this repository; `source-` and a digest of the sources where there is no git",
     "torch": "version",
     "python": "version",
-    "case": "raster, stage, dtype, then what differs from the usual: `b` images, `h` hidden width, `d` token width, "
-    "`g` grid side, `p` prefix tokens, `v` views an image, `frozen` features",
-    "direction": "`forward`, or `forward+backward` (all gradients, but the features' where they are frozen); "
-    "`backward` for `crop_resize` alone; `fc1` and `fc2` for `gemm`",
-    "variant": "what ran; the names are explained below",
-    "rounds": "how many interleaved rounds",
-    "p20_ms": "time of a call, 20th percentile of the rounds; empty where nothing was timed",
-    "p50_ms": "the median",
-    "p80_ms": "80th percentile",
-    "flops": "of the definition's GEMMs, three times the forward pass's for both directions",
-    "bytes": "least traffic of the forward pass, times three for both directions",
-    "extra_memory_bytes": "peak of one call above what was there before",
-    "operation": "`cvfm`, `crop_resize`, `gemm`, `tower` or `tower-step`",
     "triton": "version",
     "cuda": "version that torch was built with",
     "table": "eight digits of a digest of the device's tuned table; empty where it has none",
-    "kept_bytes": "what autograd keeps from the forward for the backward pass, beside inputs and result",
+    "operation": "`cvfm`, `crop_resize`, `gemm` or `tower`",
+    "workload": "raster, stage, dtype, then what differs from the usual: `b` images, `h` hidden width, `d` token "
+    "width, `g` grid side, `p` prefix tokens, `v` views per image, `frozen` features",
+    "direction": "`forward`, or `forward+backward` (all gradients, without the features' where they are frozen); "
+    "`backward` for `crop_resize` alone; `fc1` and `fc2` for `gemm`",
+    "variant": "what ran; the names are explained above",
+    "rounds": "number of interleaved rounds",
+    "p20_ms": "time per call, 20th percentile of the rounds; empty where nothing was timed",
+    "p50_ms": "the median",
+    "p80_ms": "80th percentile",
     "host_ms": "on a GPU, time until a call returns to Python",
     "first_call_ms": "the variant's first call in this process: compilation, where no cache on disk holds it",
+    "extra_memory_bytes": "peak of one call above what was there before",
+    "kept_bytes": "what autograd keeps from the forward for the backward pass, beside inputs and result",
     "error": "largest error against float64 over eager's, of the result or the worst gradient",
+    "flops": "of the definition's GEMMs, three times the forward pass's for both directions",
+    "bytes": "least traffic of the forward pass, times three for both directions",
     "floor_flops": "of the exact way that the roof lets finish first",
     "floor_bytes": "likewise",
-    "roof_flops": "operations a second of a square matrix product, measured in the same run",
-    "roof_bytes": "bytes a second of a large copy, read and written both counted, measured in the same run",
+    "roof_flops": "operations per second of a square matrix product, measured in the same run",
+    "roof_bytes": "bytes per second of a large copy, read and written both counted, measured in the same run",
     "note": "why something was not measured",
 }  # fmt: skip
-KEY = ("commit", "device", "torch", "triton", "table", "operation", "case", "direction", "variant")
+KEY = ("commit", "device", "torch", "triton", "table", "operation", "workload", "direction", "variant")
+# In files from before the column `workload` was called that, the backends have the names they had then: on a CPU
+# `torch` ran the compiled operators, and `torch_calls` was the same backend without them.
+OLD_COLUMN = "case"
+OLD_VARIANTS = {"torch": "native", "torch_calls": "eager"}
 
 
 def version(package: str) -> str:
@@ -60,18 +68,24 @@ def version(package: str) -> str:
         return ""
 
 
-def device_name(device: torch.device | str = "cpu") -> str:
-    if torch.device(device).type == "cuda":
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
-            capability = torch.backends.cpu.get_cpu_capability()
-            return f"{line.split(':')[1].strip()} {capability}"
+            return f"{line.split(':')[1].strip()} {torch.backends.cpu.get_cpu_capability()}"
     return platform.processor()
 
 
+def slug(device: torch.device) -> str:
+    """The device in file names: cpu, or the GPU's name as in nvidia_h200."""
+    if device.type != "cuda":
+        return device.type
+    return "_".join(torch.cuda.get_device_name(device).lower().replace("-", " ").split())
+
+
 def source_digest() -> str:
-    """Eight digits of what the sources are, for a copy of the repository that has no git."""
+    """Eight digits of a digest of the sources, for a copy of the repository without git."""
     digest = hashlib.sha256()
     for folder in ("fila_kernels", "fila", "csrc", "bench"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -82,7 +96,7 @@ def source_digest() -> str:
 
 @functools.cache
 def commit() -> str:
-    """Of this repository, asked once a process; `FILA_BENCH_COMMIT` says what it is where there is no git."""
+    """Of this repository, asked once per process; `FILA_BENCH_COMMIT` gives it where there is no git."""
     named = os.environ.get("FILA_BENCH_COMMIT")
     if named:
         return named
@@ -101,7 +115,7 @@ def table_digest(device: torch.device) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path.exists() else ""
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def environment(device: torch.device) -> Row:
     """The columns that say where a row was measured."""
     return {
         "device": device_name(device), "threads": str(torch.get_num_threads()), "commit": commit(),
@@ -110,22 +124,45 @@ def environment(device: torch.device) -> dict[str, str]:
     }  # fmt: skip
 
 
-def times_of(times: Sequence[float]) -> dict[str, str]:
-    """The columns of a list of seconds; empty where nothing was timed."""
+def rows_of(comparison: Comparison, results: dict[str, Result], device: torch.device, clock: str) -> list[Row]:
+    """A comparison's results as rows, one per contestant, timed or not."""
+    shared = environment(device) | {
+        "clock": "events" if device.type == "cuda" else clock, "operation": comparison.operation,
+        "workload": comparison.workload, "direction": comparison.direction,
+    }  # fmt: skip
+    if comparison.work is not None:
+        roof = measure_roof(DTYPES[comparison.dtype], device)
+        floor = roof.floor(comparison.ways)
+        shared |= {
+            "flops": str(comparison.work.flops), "bytes": str(comparison.work.bytes), "floor_flops": str(floor.flops),
+            "floor_bytes": str(floor.bytes), "roof_flops": f"{roof.flops:.5g}", "roof_bytes": f"{roof.bytes:.5g}",
+        }  # fmt: skip
+    return [shared | {"variant": name} | _columns(result) for name, result in results.items()]
+
+
+def _columns(result: Result) -> Row:
+    def milliseconds(seconds: float | None) -> str:
+        return "" if seconds is None else f"{seconds * 1e3:.5g}"
+
+    def whole(count: int | None) -> str:
+        return "" if count is None else str(count)
+
+    timed = result.seconds
     parts = {"p20_ms": 0.2, "p50_ms": 0.5, "p80_ms": 0.8}
-    found = {name: f"{quantile(times, part) * 1e3:.5g}" if times else "" for name, part in parts.items()}
-    return found | {"rounds": str(len(times))}
+    return {name: milliseconds(quantile(timed, part) if timed else None) for name, part in parts.items()} | {
+        "rounds": str(len(timed)), "host_ms": milliseconds(result.host_seconds),
+        "first_call_ms": milliseconds(result.first_seconds), "extra_memory_bytes": whole(result.extra_memory),
+        "kept_bytes": whole(result.kept), "error": "" if result.error is None else f"{result.error:.4g}",
+        "note": result.note,
+    }  # fmt: skip
 
 
-def append(path: Path, row: dict[str, object]) -> None:
-    """Add one row; columns it does not name stay empty.
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows; columns that a row does not name stay empty.
 
     Raises:
         ValueError: for a column that the schema does not have, or a file of another schema.
     """
-    unknown = row.keys() - COLUMNS.keys()
-    if unknown:
-        raise ValueError(f"row: expected columns of bench.records.COLUMNS, got {', '.join(sorted(unknown))}")
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or path.stat().st_size == 0
     if not fresh:
@@ -134,24 +171,26 @@ def append(path: Path, row: dict[str, object]) -> None:
         if header != list(COLUMNS):
             raise ValueError(f"{path}: expected the columns of bench.records.COLUMNS, got {','.join(header)}")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         if fresh:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """All rows; columns that a file of an older schema lacks are empty, its operation is `cvfm`."""
+def read(path: Path) -> list[Row]:
+    """All rows, the names of older files replaced by today's."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [dict.fromkeys(COLUMNS, "") | {"operation": "cvfm"} | row for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [dict.fromkeys(COLUMNS, "") | (_renamed(row) if OLD_COLUMN in row else row) for row in rows]
 
 
-def key(row: dict[str, str]) -> tuple[str, ...]:
+def _renamed(row: Row) -> Row:
+    row = dict(row)
+    return row | {"workload": row.pop(OLD_COLUMN), "variant": OLD_VARIANTS.get(row["variant"], row["variant"])}
+
+
+def key(row: Row) -> tuple[str, ...]:
     """What identifies a measurement."""
     return tuple(row[name] for name in KEY)
-
-
-def done(rows: Iterable[dict[str, str]]) -> set[tuple[str, ...]]:
-    return {key(row) for row in rows}

@@ -1,106 +1,109 @@
-"""The gate: nothing is timed, and no ratio printed, that does not agree with the definition in float64.
+"""The gate: nothing is timed, and no ratio is printed, that does not agree with the definition in float64.
 
-The bound is the tests' own, |found - exact| <= 2 (max |eager - exact| + eps max |exact|), for the result and for every
-gradient. `error` is the worst of max |found - exact| / max |eager - exact|: 1 is as exact as eager PyTorch.
+The bound is the tests' own, from `fila_kernels.testing`: |found - exact| <= 2 (|eager - exact| + eps |exact|), where
+`eager` is the definition in the working dtype, for the result and for every gradient. A verdict's `error` is the worst
+of |found - exact| / |eager - exact|: 1 is as exact as eager PyTorch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.baselines import tuned_eager
-from bench.cases import Case
+from bench.workloads import Workload
 from fila_kernels import reference
-from fila_kernels.testing import alpha_terms
+from fila_kernels.testing import alpha_terms, bound, in_double
 
 Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a variant may be timed, its error over eager's, and where it was worst."""
+    """Whether a contestant may be timed, its error over eager's, and where it passed the bound."""
 
     green: bool
     error: float
     worst: str
 
 
-def step(function: Callable[..., Tensor], inputs: Inputs, wanted: tuple[str, ...], grad: Tensor | None, **settings):
-    """A call of one forward pass, or of forward and backward to the inputs named in `wanted`."""
-    if grad is None:
-
-        def run() -> Any:
-            with torch.no_grad():
-                return function(**inputs, **settings)
-
-        return run
-
-    def run_both() -> Any:
-        leaves = {name: t.detach().requires_grad_() if name in wanted else t for name, t in inputs.items()}
-        return torch.autograd.grad(function(**leaves, **settings), [leaves[name] for name in wanted], grad)
-
-    return run_both
-
-
-def doubled(inputs: Inputs) -> dict[str, Any]:
-    """Float64, but for boxes, whose float32 is part of the definition."""
-    return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() and name != "boxes" else value
-        for name, value in inputs.items()
-    }
+def largest_entry(tensor: Tensor) -> Tensor:
+    return tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
 
 
 class Gate:
-    """The definition's and eager's results for one case and direction, computed once, for any number of variants.
+    """The definition's results in float64 and in the working dtype, for any number of contestants.
 
-    `whole` are the inputs with boxes on whole cells, the only ones that every variant can take.
+    `scale` holds, by name, what a rounding is relative to where that is not the exact result. `norm` measures an error:
+    the largest entry, or for deep models the Euclidean norm.
     """
 
-    def __init__(self, case: Case, whole: dict[str, Tensor], grad: Tensor | None) -> None:
-        self.names = case.wanted if grad is not None else ("out",)
-        wide = doubled(whole)
-        settings = {"num_prefix_tokens": case.prefix}
-        self.dtype = whole["tokens"].dtype
-        wide_grad = None if grad is None else grad.double()
-        self.exact = self._list(step(reference.cvfm, wide, case.wanted, wide_grad, **settings)())
-        self.largest = {name: float(tensor.abs().max()) for name, tensor in zip(self.names, self.exact, strict=True)}
-        if wide_grad is not None:
-            self.largest["alpha"] = float(alpha_terms(wide, wide_grad, "product", case.prefix))
-        eager = self._list(step(tuned_eager, whole, case.wanted, grad, **settings)())
-        self.eager = [self._error(found, exact) for found, exact in zip(eager, self.exact, strict=True)]
+    def __init__(
+        self,
+        exact: Mapping[str, Tensor],
+        eager: Mapping[str, Tensor],
+        scale: Mapping[str, Tensor] | None = None,
+        norm: Callable[[Tensor], Tensor] = largest_entry,
+    ) -> None:
+        self.exact, self.norm = exact, norm
+        self.dtypes = {name: tensor.dtype for name, tensor in eager.items()}
+        self.eager = {name: self._error(eager[name], tensor) for name, tensor in exact.items()}
+        self.scale = {name: float(norm(tensor)) for name, tensor in exact.items()}
+        self.scale |= {name: float(value) for name, value in (scale or {}).items()}
 
-    def _list(self, found: Any) -> list[Tensor]:
-        return [found] if isinstance(found, Tensor) else list(found)
+    def _error(self, found: Tensor, exact: Tensor) -> float:
+        return float(self.norm(found.double() - exact).nan_to_num(nan=float("inf")))
 
-    @staticmethod
-    def _error(found: Tensor, exact: Tensor) -> float:
-        return float((found.double() - exact).abs().max().nan_to_num(nan=float("inf")))
+    def __call__(self, found: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Verdict:
+        """Judge one tensor, several in the order of the definition's, or several by name."""
+        if isinstance(found, Tensor):
+            found = [found]
+        if not isinstance(found, Mapping):
+            found = dict(zip(self.exact, found, strict=True))
+        if found.keys() != self.exact.keys():
+            return Verdict(False, float("inf"), f"has {', '.join(found)}, expected {', '.join(self.exact)}")
+        worst, error = "", 0.0
+        for name, exact in self.exact.items():
+            if found[name].shape != exact.shape or found[name].dtype != self.dtypes[name]:
+                return Verdict(False, float("inf"), f"{name} is {list(found[name].shape)} {found[name].dtype}")
+            ours, rounding = self._error(found[name], exact), torch.finfo(self.dtypes[name]).eps * self.scale[name]
+            allowed = bound(self.dtypes[name], self.eager[name], self.scale[name])
+            if not ours <= allowed:
+                worst = f"{name}: error {ours:.2e} above {allowed:.2e}"
+            # Where eager is exact to a rounding of the largest value, errors are held against that rounding.
+            error = max(error, ours / max(self.eager[name], rounding / 2, 1e-300))
+        return Verdict(not worst, error, worst)
 
-    def __call__(self, call: Callable[[], Any]) -> Verdict:
-        """Judge what `call` returns: the result, or the gradients in the order of the case's `wanted`."""
-        error, worst, green = 0.0, "", True
-        for name, found, exact, eager in zip(
-            self.names, self._list(call()), self.exact, self.eager, strict=True
-        ):  # fmt: skip
-            if found.shape != exact.shape or found.dtype != self.dtype:
-                return Verdict(False, float("inf"), f"{name} is {list(found.shape)} {found.dtype}")
-            ours, eps = self._error(found, exact), torch.finfo(self.dtype).eps
-            bound = 2 * (eager + eps * self.largest[name])
-            if ours > bound:
-                green, worst = False, f"{name}: error {ours:.2e} above {bound:.2e}"
-            # Where eager is exact to a rounding of the largest value, that rounding is what errors are held against.
-            error = max(error, ours / max(eager, eps * self.largest[name] / 2, torch.finfo(torch.float64).tiny))
-        return Verdict(green, error, worst)
+
+def step(function: Callable[..., Tensor], inputs: Inputs, wanted: Sequence[str], grad: Tensor | None, **settings):
+    """The call of one forward pass, or of forward and backward to the inputs named in `wanted`."""
+    if grad is None:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(**inputs, **settings)
+
+        return forward
+
+    def both() -> tuple[Tensor, ...]:
+        leaves = {name: t.detach().requires_grad_() if name in wanted else t for name, t in inputs.items()}
+        return torch.autograd.grad(function(**leaves, **settings), [leaves[name] for name in wanted], grad)
+
+    return both
 
 
-def fractional_verdict(gate: Gate, call: Callable[[], Tensor], inputs: Inputs, prefix: int) -> Verdict:
-    """The result on the fractional view, which eager cannot make, held to the error that eager makes on the rounded."""
-    exact = reference.cvfm(**doubled(inputs), num_prefix_tokens=prefix)
-    with torch.no_grad():
-        found = call()
-    ours = gate._error(found, exact)
-    bound = 2 * (gate.eager[0] + torch.finfo(found.dtype).eps * float(exact.abs().max()))
-    return Verdict(ours <= bound, ours / max(gate.eager[0], 1e-300), f"fractional view: error {ours:.2e}, {bound:.2e}")
+def cvfm_gate(workload: Workload, inputs: dict[str, Tensor], grad: Tensor | None) -> Gate:
+    """The definition of `cvfm` on these inputs: the result without `grad`, else the gradients of what is wanted."""
+    names = ("out",) if grad is None else workload.wanted
+    settings: dict[str, Any] = {"num_prefix_tokens": workload.prefix}
+
+    def defined(values: Inputs, upstream: Tensor | None) -> dict[str, Tensor]:
+        found = step(reference.cvfm, values, workload.wanted, upstream, **settings)()
+        return dict(zip(names, [found] if isinstance(found, Tensor) else found, strict=True))
+
+    wide = in_double(inputs)
+    if grad is None:
+        return Gate(defined(wide, None), defined(inputs, None))
+    scale = {"alpha": alpha_terms(wide, grad, "product", workload.prefix)}
+    return Gate(defined(wide, grad.double()), defined(inputs, grad), scale)

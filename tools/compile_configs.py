@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 import triton
 
-from bench.cases import SUITES, Case
-from bench.tune import shape_of, shortlist
+from bench.tune import shortlist
+from bench.workloads import SUITES, Workload
 from fila_kernels.backends.triton import configs
 from tools import compiled_kernels
 from tools.compiled_kernels import ARCHITECTURES, INTENDED, Kernel
@@ -46,10 +46,15 @@ def sources(defaults: bool) -> str:
     return hashlib.sha256(text).hexdigest()[:10]
 
 
-def problems(case: Case) -> Iterable[tuple[str, int, int, int]]:
+def problems(workload: Workload) -> Iterable[tuple[str, int, int, int]]:
     """Each product's name and sizes, by sampling first and by projecting first."""
-    shape = shape_of(case)
-    rows, d, c, h = shape.tiles * (shape.prefix + shape.patches), case.token_width, case.channels, case.hidden_width
+    shape = workload.shape
+    rows, d, c, h = (
+        shape.tiles * (shape.prefix + shape.patches),
+        workload.token_width,
+        workload.channels,
+        workload.hidden_width,
+    )
     yield from (("fc1", rows, h, d + c), ("fc1_projected", rows, h, d), ("fc2", rows, d, h))
     yield from (("hidden_gradient", rows, h, d), ("input_gradient", rows, d + c, h))
     yield from (("weight_gradient", d, h, shape.samples), ("weight_gradient", h, c, shape.cells))
@@ -62,8 +67,8 @@ def tasks(arch: int, name: str) -> list[Task]:
         return [(arch, name, "", None)]
     device, dtype = configs.ARCHITECTURES[arch], getattr(torch, name)
     found: dict[tuple, Task] = {}
-    for case in dict.fromkeys(case for suite in SUITES.values() for case in suite):
-        for kernel, *sizes in problems(case):
+    for workload in dict.fromkeys(workload for suite in SUITES.values() for workload in suite):
+        for kernel, *sizes in problems(workload):
             for config in shortlist(configs.Problem(kernel, *sizes, dtype), device, MOST):
                 assert isinstance(config, configs.GemmConfig)
                 key = {**configs.plain(config), "kernel": kernel, "persistent": None, "split_k": None}

@@ -148,11 +148,12 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def cpu_ratios() -> tuple[dict[str, str], dict[tuple[str, str], float], dict[tuple[str, str], float]]:
     """A row of the CPU's record; tuned eager's time over ours, and our share of its memory, by shape and direction."""
-    with CPU.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    found = {(row["case"], row["direction"], row["variant"]): row for row in rows}
-    keys = list(dict.fromkeys((row["case"], row["direction"]) for row in rows))
-    pairs = {key: (found[*key, "tuned_eager"], found[*key, "torch"]) for key in keys}
+    from bench import records
+
+    rows = records.read(CPU)
+    found = {(row["workload"], row["direction"], row["variant"]): row for row in rows}
+    keys = list(dict.fromkeys((row["workload"], row["direction"]) for row in rows))
+    pairs = {key: (found[*key, "tuned_eager"], found[*key, "native"]) for key in keys}
     times = {key: float(eager["p50_ms"]) / float(own["p50_ms"]) for key, (eager, own) in pairs.items()}
     memory = {
         key: float(own["extra_memory_bytes"]) / float(eager["extra_memory_bytes"])
@@ -168,7 +169,7 @@ def mean_of(ratios: dict[tuple[str, str], float], direction: str) -> float:
 def headline() -> str:
     """The two numbers of README."""
     first, times, _ = cpu_ratios()
-    shapes = len({case for case, _ in times})
+    shapes = len({workload for workload, _ in times})
     forward, both = mean_of(times, "forward"), mean_of(times, "forward+backward")
     return (
         f"On a CPU ({first['device']}, {first['threads']} threads) CVFM is **{forward:.2f} times** as fast as tuned "
@@ -182,8 +183,8 @@ def cpu() -> str:
     first, times, memory = cpu_ratios()
     directions = list(dict.fromkeys(direction for _, direction in times))
     lines = [
-        [case, *(f"{times[case, d]:.2f}x, {memory[case, d]:.2f}" for d in directions)]
-        for case in dict.fromkeys(case for case, _ in times)
+        [workload, *(f"{times[workload, d]:.2f}x, {memory[workload, d]:.2f}" for d in directions)]
+        for workload in dict.fromkeys(workload for workload, _ in times)
     ]
     means = [f"**{mean_of(times, d):.2f}x, {mean_of(memory, d):.2f}**" for d in directions]
     return (
@@ -194,32 +195,30 @@ def cpu() -> str:
 
 
 def native() -> str:
-    """What the compiled operators of csrc are worth on a CPU, over what runs without them."""
-    rows = []
-    for path in (CPU, CROP_RESIZE_CPU):
-        with path.open(newline="") as file:
-            rows += list(csv.DictReader(file))
-    timed = {(r["operation"], r["case"], r["direction"], r["variant"]): r for r in rows if r["p50_ms"]}
+    """What the native backend is worth on a CPU, over the eager one and over slices."""
+    from bench import goals, records
 
-    def ratio(operation: str, case: str, direction: str, slow: str) -> float:
-        base, own = timed[operation, case, direction, slow], timed[operation, case, direction, "torch"]
+    rows = records.read(CPU) + records.read(CROP_RESIZE_CPU)
+    timed = {(r["operation"], r["workload"], r["direction"], r["variant"]): r for r in rows if r["p50_ms"]}
+
+    def ratio(operation: str, workload: str, direction: str, slow: str) -> float:
+        base, own = timed[operation, workload, direction, slow], timed[operation, workload, direction, "native"]
         return float(base["p50_ms"]) / float(own["p50_ms"])
 
-    def floor_share(case: str, variant: str) -> float:
-        row = timed["cvfm", case, "forward", variant]
-        seconds = max(float(row[f"floor_{kind}"]) / float(row[f"roof_{kind}"]) for kind in ("flops", "bytes"))
-        return seconds * 1e3 / float(row["p50_ms"])
+    def floor_share(workload: str, variant: str) -> float:
+        row = timed["cvfm", workload, "forward", variant]
+        return goals.floor_ms(row) / float(row["p50_ms"])
 
-    cases = list(dict.fromkeys(row["case"] for row in rows))
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
     figures = [
         [
-            ratio("cvfm", case, "forward", "torch_calls"),
-            floor_share(case, "torch_calls"),
-            floor_share(case, "torch"),
-            ratio("crop_resize", case, "forward", "sliced"),
-            ratio("crop_resize", case, "backward", "sliced"),
+            ratio("cvfm", workload, "forward", "eager"),
+            floor_share(workload, "eager"),
+            floor_share(workload, "native"),
+            ratio("crop_resize", workload, "forward", "sliced"),
+            ratio("crop_resize", workload, "backward", "sliced"),
         ]
-        for case in cases
+        for workload in workloads
     ]
     means = [geometric_mean(column) for column in zip(*figures, strict=True)]
 
@@ -228,13 +227,13 @@ def native() -> str:
         return [name, f"{faster:.2f}x", f"{calls:.2f}", f"{own:.2f}", *(f"{value:.1f}x" for value in alone)]
 
     head = [
-        "raster, stage, dtype", "fused forward over PyTorch calls", "floor over PyTorch calls", "floor over fused",
+        "raster, stage, dtype", "fused forward over eager", "floor over eager", "floor over fused",
         "crop_resize over slices", "its backward over slices",
     ]  # fmt: skip
     commits = " and ".join(dict.fromkeys(row["commit"] for row in rows))
     return (
         f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}, medians of interleaved rounds, "
-        f"commit {commits}.\n\n" + table(head, [*map(line, cases, figures), line("geometric mean", means)])
+        f"commit {commits}.\n\n" + table(head, [*map(line, workloads, figures), line("geometric mean", means)])
     )
 
 
@@ -247,7 +246,7 @@ def columns() -> str:
 
 def sections() -> str:
     """What `make gpu` runs."""
-    from bench.gpu import SECTIONS
+    from tools.gpu import SECTIONS
 
     rows = [f"| `{s.name}` | {s.limit} s | {s.what} |\n" for s in SECTIONS]
     return "| Section | At most | What |\n| --- | ---: | --- |\n" + "".join(rows)
@@ -291,6 +290,7 @@ def kernels() -> str:
 
 def goals() -> str:
     """The goals on a GPU beside what the committed CSVs of GPUs say."""
+    from bench import records
     from bench.goals import lines
 
     files = [path for path in sorted(CPU.parent.glob("cvfm_*.csv")) if path != CPU]
@@ -298,8 +298,7 @@ def goals() -> str:
         return table(["", "must", "aim", "measured"], lines([]))
     parts = []
     for path in files:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = records.read(path)
         where = f"{rows[0]['device']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}, commit {rows[0]['commit']}"
         parts.append(f"{where}:\n\n{table(['', 'must', 'aim', 'measured'], lines(rows))}")
     return "\n".join(parts)
@@ -325,12 +324,12 @@ def filled(text: str) -> str:
 
 def stale_plots() -> list[Path]:
     """CSVs whose pictures in docs/plots are of other numbers, or not there."""
-    from bench import plots
+    from bench import report
 
     found = []
     for file in sorted(CPU.parent.glob("cvfm_*.csv")):
         pictures = list((ROOT / "docs" / "plots").glob(f"{file.stem}_*.svg"))
-        if not pictures or {plots.source(picture) for picture in pictures} != {plots.digest(file)}:
+        if not pictures or {report.source(picture) for picture in pictures} != {report.digest(file)}:
             found.append(file)
     return found
 
@@ -355,9 +354,9 @@ def main(argv: list[str] | None = None) -> int:
     for file in stale_plots():
         stale.append(f"docs/plots/{file.stem}_*.svg")
         if not args.check:
-            from bench import plots
+            from bench import report
 
-            plots.draw(file, ROOT / "docs" / "plots")
+            report.draw(file, ROOT / "docs" / "plots")
     if stale:
         print(f"{'out of date' if args.check else 'rewritten'}: {', '.join(stale)}")
     return 1 if stale and args.check else 0

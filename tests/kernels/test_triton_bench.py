@@ -1,92 +1,68 @@
 """The tuner and the products' benchmark over interpreted kernels: the steps of a GPU run, at small sizes."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from bench import bench_gemm, contest, tune
-from bench.cases import Case
+from bench import bench_gemm, engine, tune
+from bench.workloads import SUITES, Workload
 from fila_kernels import tuned
 from fila_kernels.backends.triton import configs
 from fila_kernels.call import DIRECTIONS
 
 CPU = torch.device("cpu")
-CASE = Case(64, 1, "float32", hidden_width=32, token_width=16, grid=2)
+SMALL = Workload(64, 1, "float32", hidden_width=32, token_width=16, grid=2)
 
 
-def tuner(path, kernels, deadline=float("inf")) -> tune.Tuner:
-    return tune.Tuner(CPU, [path], kernels, most=2, rounds=1, deadline=deadline)
+def tuner(path, kernels, **settings) -> tune.Tuner:
+    return tune.Tuner(CPU, [path], kernels, most=2, rounds=1, **settings)
 
 
-@pytest.mark.parametrize("part", ["fc1", "fc2"])
+@pytest.mark.parametrize("part", bench_gemm.DIRECTIONS)
 def test_the_products_are_those_that_are_defined(part):
-    operands = bench_gemm.Operands(CASE, CASE.inputs())
-    ways = bench_gemm.ways([operands], part)
-    exact = bench_gemm.defined(operands, part, torch.float64)[:, CASE.prefix :]
-    eager = ways["torch"](0)()[:, CASE.prefix :]
-    green, error = contest.judge(ways["triton"](0)()[:, CASE.prefix :].clone(), eager, exact)
-    assert green, error
-    plain = ways["cublas"](0)()
-    width = CASE.hidden_width if part == "fc1" else CASE.token_width
-    assert plain.shape == (CASE.tiles, CASE.prefix + CASE.grid**2, width)
-    assert not contest.judge(plain[:, CASE.prefix :], eager, exact)[0], "the plain product has no epilogue"
+    comparison = bench_gemm.comparison(SMALL, part, CPU, ["cublas", "unfused", "triton"])
+    results = engine.judge(comparison, CPU)
+    assert results["triton"].error is not None
+    assert not any(result.note for result in results.values())
+    plain, *_ = comparison.contestants
+    assert not comparison.gate()(plain, plain.bind(0)()).green, "the plain product has no epilogue"
 
 
 def test_a_table_is_written_that_launchers_and_planner_read(tmp_path, monkeypatch):
     path = tmp_path / "interpreter.json"
     first = tuner(path, ["crop_resize", "fc2"])
-    first.tune_configs(CASE, "sample_first")
-    first.tune_plans(CASE)
+    first.tune_configs(SMALL, "sample_first")
+    first.tune_plan(SMALL)
     entries = json.loads(path.read_text())
-    rows = CASE.tiles * (CASE.prefix + CASE.grid**2)
     assert [(e["kernel"], e["problem"]) for e in entries["configs"]] == [
-        ("crop_resize", [CASE.samples, CASE.channels, 0]),
-        ("fc2", [rows, CASE.token_width, CASE.hidden_width]),
+        ("crop_resize", [SMALL.samples, SMALL.channels, 0]),
+        ("fc2", [SMALL.rows, SMALL.token_width, SMALL.hidden_width]),
     ]
     for entry in entries["configs"]:
         config = configs.config_from(entry["kernel"], entry["config"])
         problem = configs.Problem(entry["kernel"], *entry["problem"], torch.float32)
         assert configs.supports(config, problem, configs.INTERPRETER)
-        assert config in tune.shortlist(problem, configs.INTERPRETER, 2)
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
     tuned.load.cache_clear()
     table = tuned.load("interpreter")
-    assert len(table) == 3
+    tuned.load.cache_clear()
     fc2 = entries["configs"][1]
     assert table.configs(torch.float32).nearest("fc2", fc2["problem"]) == (fc2["config"], True)
-    chosen, exact = table.plan(tune.shape_of(CASE), torch.float32)
-    tuned.load.cache_clear()
+    chosen, exact = table.plan(SMALL.shape, torch.float32)
     assert exact
     assert set(chosen) == set(DIRECTIONS)
     again = tuner(path, ["crop_resize", "fc2"])
-    again.tune_problem = pytest.fail
-    again.tune_configs(CASE, "sample_first")
-    again.tune_plans(CASE)
+    again.fastest = pytest.fail
+    again.tune_configs(SMALL, "sample_first")
+    again.tune_plan(SMALL)
     assert json.loads(path.read_text()) == entries, "what the table holds is not measured again"
 
 
 def test_nothing_is_begun_after_the_deadline(tmp_path):
-    late = tuner(tmp_path / "late.json", configs.KERNELS, deadline=0.0)
-    late.tune(CASE)
+    tuner(tmp_path / "late.json", configs.KERNELS, deadline=0.0).tune(SMALL)
     assert not (tmp_path / "late.json").exists()
-    assert not late.trial.tried
-
-
-def test_the_default_stays_unless_something_is_clearly_faster(tmp_path):
-    found = tuner(tmp_path / "t.json", configs.KERNELS)
-    found.rounds = 3
-
-    class Fixed:
-        def __init__(self, seconds: float) -> None:
-            self.seconds = seconds
-
-        def round(self) -> float:
-            return self.seconds
-
-    assert found.fastest({"default": Fixed(1.0), "other": Fixed(0.999)}, "default") == "default"
-    assert found.fastest({"default": Fixed(1.0), "other": Fixed(0.9)}, "default") == "other"
-    assert found.fastest({"other": Fixed(2.0), "third": Fixed(1.0)}, "default") == "third"
 
 
 def test_a_shortlist_begins_with_the_default_and_spreads_over_the_rest():
@@ -99,3 +75,11 @@ def test_a_shortlist_begins_with_the_default_and_spreads_over_the_rest():
     assert short[:6] == every[:6]
     assert every.index(short[-1]) > 0.8 * len(every)
     assert tune.shortlist(problem, device, len(every)) == every
+
+
+def test_what_is_compiled_ahead_is_what_is_timed():
+    """Triton compiles a kernel anew where a size becomes 1 or a multiple of 16."""
+    for timed in SUITES["images-32"]:
+        ahead = dataclasses.replace(timed, images=tune.SHARED_IMAGES)
+        for sizes in zip((*timed.shape, timed.rows), (*ahead.shape, ahead.rows), strict=True):
+            assert len({(size == 1, size % 16 == 0) for size in sizes}) == 1, sizes

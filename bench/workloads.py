@@ -1,11 +1,11 @@
-"""The real shapes: four stages at two raster sizes, and what is varied around them.
+"""The shapes that are measured: four stages at two raster sizes, and what is varied around them.
 
 G = 24, P = 1, D = H = 1024 unless a case says otherwise; an image is four tiles of a 2 x 2 canvas and a global view. At
 768 pixels (the fixed rule) a tile is half the map; at 1536 (32/14 of the canvas) it has 192, 96, 48 and 24 cells. The
 global view's box is the content rectangle of a 4:3 picture on the square canvas.
 
-Tiles come first and global views last, image by image: boxes of one size are then neighbours, which is the order that
-eager PyTorch likes best, and makes no difference to this package.
+All images' tiles come before all global views, so that boxes of one size are neighbours: the order that suits eager
+PyTorch best. The order makes no difference to this package.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fila_kernels.call import Shape
 
 STAGE_WIDTHS = (192, 384, 768, 1536)
 STAGE_STRIDES = (4, 8, 16, 32)
@@ -25,8 +27,16 @@ DIFFERENTIABLE = ("tokens", "features", "fc1_weight", "fc1_bias", "fc2_weight", 
 
 
 @dataclass(frozen=True)
-class Case:
-    """One stage at one raster size and dtype; the name has the fields after `dtype` that are not the default."""
+class Work:
+    """FLOPs and bytes of one way to compute something."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One stage at one raster size and dtype; the name lists the fields after `dtype` that are not the default."""
 
     raster: int
     stage: int
@@ -37,7 +47,7 @@ class Case:
     grid: int = 24
     prefix: int = 1
     views: int = 5  # of an image: four tiles and the global view, or 1, the global view alone
-    frozen: bool = False  # features need no gradient: pre-training, where the ConvNeXt does not learn
+    frozen: bool = False  # features need no gradient, as in pre-training with a frozen ConvNeXt
 
     @property
     def name(self) -> str:
@@ -67,6 +77,19 @@ class Case:
         return self.tiles * self.grid**2
 
     @property
+    def rows(self) -> int:
+        """Rows of the products over whole tiles, prefix tokens included."""
+        return self.tiles * (self.prefix + self.grid**2)
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes as the planner takes them."""
+        return Shape(
+            self.tiles, self.prefix, self.grid, self.token_width, self.hidden_width, self.channels, self.images,
+            self.side, self.side,
+        )  # fmt: skip
+
+    @property
     def wanted(self) -> tuple[str, ...]:
         """Inputs that get a gradient."""
         return tuple(name for name in DIFFERENTIABLE if not (self.frozen and name == "features"))
@@ -85,7 +108,7 @@ class Case:
         return torch.cat([images.repeat_interleave(self.views - 1), images])
 
     def inputs(self, seed: int = 0, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Arguments of `cvfm` by name, features being a permuted channels_last map."""
+        """Random arguments of `cvfm` by name."""
         generator = torch.Generator(device).manual_seed(seed)
         dtype = DTYPES[self.dtype]
 
@@ -106,10 +129,9 @@ class Case:
         }
 
     def input_bytes(self) -> int:
-        """What one set of inputs occupies."""
+        """Memory of one set of inputs."""
         features = self.images * self.side**2 * self.channels
-        tokens = self.tiles * (self.prefix + self.grid**2) * self.token_width
-        return DTYPES[self.dtype].itemsize * (features + tokens + self.parameters)
+        return DTYPES[self.dtype].itemsize * (features + self.rows * self.token_width + self.parameters)
 
     @property
     def parameters(self) -> int:
@@ -118,45 +140,42 @@ class Case:
 
     @property
     def cells_read(self) -> int:
-        """Cells of the maps that the samples read at most: four a sample, and no more than there are."""
+        """The most cells of the maps that the samples can read: four per sample, and no more than there are."""
         return min(self.images * self.side**2, 4 * self.samples)
 
-    def flops(self) -> int:
-        """Floating point operations of the definition's forward GEMMs."""
-        return 2 * self.samples * self.parameters
-
-    def bytes(self) -> int:
-        """Least traffic of the forward pass: tokens in and out, the cells that are read, the parameters."""
-        rows = self.tiles * (self.prefix + self.grid**2)
-        elements = 2 * rows * self.token_width + self.cells_read * self.channels + self.parameters
-        return DTYPES[self.dtype].itemsize * elements
+    def work(self, passes: int = 1) -> Work:
+        """The definition's forward GEMMs, and their least traffic: tokens in and out, cells read, the parameters."""
+        elements = 2 * self.rows * self.token_width + self.cells_read * self.channels + self.parameters
+        return Work(passes * 2 * self.samples * self.parameters, passes * DTYPES[self.dtype].itemsize * elements)
 
 
-def _stages(**settings) -> tuple[Case, ...]:
-    return tuple(Case(raster, stage, **({"dtype": "bfloat16"} | settings)) for raster in RASTERS for stage in STAGES)
+def _stages(**settings) -> tuple[Workload, ...]:
+    return tuple(
+        Workload(raster, stage, **({"dtype": "bfloat16"} | settings)) for raster in RASTERS for stage in STAGES
+    )
 
 
-def _ends(**settings) -> tuple[Case, ...]:
+def _ends(**settings) -> tuple[Workload, ...]:
     """The first and the last stage at 1536: the largest map and the widest."""
-    return tuple(Case(1536, stage, **({"dtype": "bfloat16", "images": 8} | settings)) for stage in (1, 4))
+    return tuple(Workload(1536, stage, **({"dtype": "bfloat16", "images": 8} | settings)) for stage in (1, 4))
 
 
-CASES = [Case(raster, stage, dtype) for raster in RASTERS for stage in STAGES for dtype in ("float32", "bfloat16")]
-SUITES: dict[str, tuple[Case, ...]] = {
-    # What a CPU measures, in bench/results/cvfm_cpu.csv.
-    "cpu": tuple(CASES),
-    # A second's work: whether the bench runs at all.
-    "tiny": tuple(Case(64, stage, "float32", hidden_width=16, token_width=8, grid=2) for stage in (1, 4)),
-    # bfloat16, hidden 1024: the goals of docs/benchmarks.md are read off these three.
+SUITES: dict[str, tuple[Workload, ...]] = {
+    # bench/results/cvfm_cpu.csv.
+    "cpu": tuple(
+        Workload(raster, stage, dtype) for raster in RASTERS for stage in STAGES for dtype in ("float32", "bfloat16")
+    ),
+    # A second's work, for tests of the bench itself.
+    "tiny": tuple(Workload(64, stage, "float32", hidden_width=16, token_width=8, grid=2) for stage in (1, 4)),
+    # bfloat16, hidden 1024: the goals of docs/benchmarks.md are read from these three.
     "images-1": _stages(images=1),
     "images-8": _stages(images=8),
     "images-32": _stages(images=32),
     "hidden-4096-images-1": _stages(images=1, hidden_width=4096),
     "hidden-4096-images-8": _stages(images=8, hidden_width=4096),
     "hidden-4096-images-32": _stages(images=32, hidden_width=4096),
-    # Widths that one launch takes whole (`single_pass` of the triton backend).
+    # Widths at which the triton backend has the plan `single_pass`.
     "narrow": _stages(images=8, token_width=512, hidden_width=512),
-    # Where the vendor's library has its best chance.
     "float32": _ends(dtype="float32"),
     "float16": _ends(dtype="float16"),
     "widths": _ends(token_width=768, hidden_width=768) + _ends(token_width=1280, hidden_width=1280),
@@ -165,3 +184,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "one-tile": _ends(images=1, views=1),
     "frozen": _ends(frozen=True),
 }
+
+
+def default_suite(device: torch.device) -> str:
+    return "images-8" if device.type == "cuda" else "cpu"
