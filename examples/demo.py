@@ -17,21 +17,21 @@ from fila.images import read_picture
 FOLDER = Path(__file__).resolve().parent
 
 
-class Case(NamedTuple):
-    """A question and what a reader of the picture would answer."""
+class Question(NamedTuple):
+    """A question about a picture, and the answer that a reader of the picture would give."""
 
     picture: str
-    question: str
+    text: str
     expected: str
 
 
-CASES = (
-    Case("receipt.png", "What is the total?", "$18.31"),
-    Case("receipt.png", "What is the date?", "14 Mar 2026"),
-    Case("chart.png", "What is above the square?", "Lungo"),
-    Case("chart.png", "What is below the triangle?", "64"),
-    Case("scan.jpg", "What is the invoice number?", "88213"),
-    Case("scan.jpg", "What is the amount due?", "940.50"),
+QUESTIONS = (
+    Question("receipt.png", "What is the total?", "$18.31"),
+    Question("receipt.png", "What is the date?", "14 Mar 2026"),
+    Question("chart.png", "What is above the square?", "Lungo"),
+    Question("chart.png", "What is below the triangle?", "64"),
+    Question("scan.jpg", "What is the invoice number?", "88213"),
+    Question("scan.jpg", "What is the amount due?", "940.50"),
 )
 HEADINGS = ("picture", "question", "answer", "expected", "right", "encode s", "total s")
 
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     rows, right, backend = [], 0, {}
-    for number, (picture, question, expected) in enumerate(CASES, 1):
+    for number, (picture, question, expected) in enumerate(QUESTIONS, 1):
         read = read_picture(FOLDER / picture, name=picture)
         with visualize.watch_gates(model) as gates:
             said = inference.answer(model, processor, read, question)
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"\nbackend: {backend['choice']} ({backend['why']})")
     print(f"explaining pictures: {options.out}")
-    print(f"{right} of {len(CASES)} answered right")
+    print(f"{right} of {len(QUESTIONS)} answered right")
     return 0
 
 

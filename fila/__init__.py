@@ -1,6 +1,7 @@
 """FILA: a fine-grained vision-language model that reads high-resolution pictures in tiles and as a whole.
 
-Importing the package registers its classes with transformers' Auto classes, so that `from_pretrained` finds them.
+Importing the package registers its classes with transformers' Auto classes, so that `from_pretrained` finds them. The
+Auto classes take classes, not names, so the model's modules are imported here; commands, answers and loading are not.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor

@@ -19,10 +19,10 @@ def test_the_demo_answers_counts_and_explains(root: Path, tmp_path: Path, capsys
     out = tmp_path / "out"
     assert demo.main(["--model", str(save_checkpoint(tmp_path / "checkpoint")), "--out", str(out)]) == 0
     *_, last = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"[0-{len(demo.CASES)}] of {len(demo.CASES)} answered right", last)
+    assert re.fullmatch(rf"[0-{len(demo.QUESTIONS)}] of {len(demo.QUESTIONS)} answered right", last)
     pictures = sorted(out.iterdir())
     assert [path.name for path in pictures] == [
-        f"{i}-{Path(case.picture).stem}.png" for i, case in enumerate(demo.CASES, 1)
+        f"{i}-{Path(question.picture).stem}.png" for i, question in enumerate(demo.QUESTIONS, 1)
     ]
     for path in pictures:
         with Image.open(path) as drawn:
