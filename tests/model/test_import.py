@@ -28,8 +28,9 @@ def test_importing_fila_adds_nothing_heavy(root):
     assert families <= FAMILIES
     # Ours replaces the image processors of those families.
     assert not [name for name in added if "llava_next.image_processing" in name or "clip.image_processing" in name]
-    # Reading the formats of Pillow waits for the first picture.
-    assert not [name for name in added if name.startswith("PIL.") and name.endswith("ImagePlugin")]
+    # Pillow's other formats wait for the first picture; of these two the project reads the headers itself.
+    plugins = {name for name in added if name.startswith("PIL.") and name.endswith("ImagePlugin")}
+    assert plugins <= {"PIL.JpegImagePlugin", "PIL.TiffImagePlugin"}
     # Commands, answers, loading and export wait for their user.
     rooms = ("fila.cli", "fila.inference", "fila.checkpoints", "fila.visualize", "fila.aot")
     assert not [name for name in added if name.startswith((*rooms, "fila_kernels.backends.triton"))]
