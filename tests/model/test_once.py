@@ -25,7 +25,7 @@ def counted(monkeypatch) -> Counter:
         monkeypatch.setattr(owner, name, counting)
 
     shared_geometry.cache_clear()
-    count(Image, "open")
+    count(fila.images, "open_file")
     count(fila.images, "_finish")
     count(Geometry, "layout")
     count(Layout, "__init__", key=lambda *args: "layouts built")
@@ -37,7 +37,7 @@ def test_one_question_reads_lays_out_and_builds_once(counted, checkpoint, tmp_pa
     Image.new("RGB", (120, 90), "white").save(tmp_path / "a.png")
     arguments = ["--explain", str(tmp_path / "b.png"), "--max-new-tokens", "2", "--model", str(checkpoint)]
     assert main(["ask", str(tmp_path / "a.png"), "Total?", *arguments]) == 0, capsys.readouterr().err
-    assert (counted["open"], counted["_finish"]) == (1, 1), "the picture was read more than once"
+    assert (counted["open_file"], counted["_finish"]) == (1, 1), "the picture was read more than once"
     # The processors share one layout; the model, which receives tensors only, computes its own from the size.
     assert counted["layout"] == counted["layouts built"] == 2
     # The checkpoint's geometry, and the default one: transformers builds a default configuration to compare with.
