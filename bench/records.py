@@ -131,7 +131,7 @@ def rows_of(comparison: Comparison, results: dict[str, Result], device: torch.de
         "workload": comparison.workload, "direction": comparison.direction,
     }  # fmt: skip
     if comparison.work is not None:
-        roof = measure_roof(DTYPES[comparison.dtype], device)
+        roof = measure_roof(DTYPES[comparison.dtype], device, clock)
         floor = roof.floor(comparison.ways)
         shared |= {
             "flops": str(comparison.work.flops), "bytes": str(comparison.work.bytes), "floor_flops": str(floor.flops),
