@@ -257,15 +257,16 @@ def _listed(problem: Problem, device: Device) -> list[Config]:
 def _single_pass(problem: Problem, device: Device) -> list[GemmConfig]:
     """Rows, most first, whose accumulator leaves registers for addresses; a pipeline before none.
 
-    Tensor cores that multiply from registers leave room for half of it, float32 for less. A Hopper's accumulator of
-    64 rows by more than 256 columns leaves no registers for a pipeline.
+    Tensor cores that multiply from shared memory want 64 rows; a Hopper's accumulator of 64 by more than 256 leaves no
+    registers for a pipeline. Those that multiply from registers have room for half of it, float32 for less.
     """
     if problem.dtype == torch.float32:
         return [GemmConfig(16, 16, 32, 8, stages) for stages in (2, 1)]
     width = power_of_two(problem.n)
-    most = 64 if device.copies_tiles else max(16, min(64, 64 * 256 // width))
-    stages = (1,) if device.capability[0] == 9 and width > 256 else (2, 1)
-    return [GemmConfig(rows, 64, 32, 8, s) for rows in (64, 32, 16) if rows <= most for s in stages]
+    if device.copies_tiles:
+        stages = (1,) if device.capability[0] == 9 and width > 256 else (2, 1)
+        return [GemmConfig(64, 64, 32, 8, s) for s in stages]
+    return [GemmConfig(rows, 64, 32, 8, s) for rows in (64, 32, 16) if rows * width <= 64 * 256 for s in (2, 1)]
 
 
 def _time(config: GemmConfig, problem: Problem, device: Device) -> float:
@@ -320,6 +321,7 @@ def resident(config: GemmConfig, problem: Problem, device: Device) -> int:
     return max(1, min(device.shared_memory // shared_memory(config, problem), 8 // config.num_warps))
 
 
+@cache
 def programs(config: GemmConfig, problem: Problem, device: Device) -> int:
     """One per tile or, with a persistent config, as many as run at a time."""
     tiles = config.tiles(problem)

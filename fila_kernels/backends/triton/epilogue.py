@@ -33,6 +33,8 @@ from fila_kernels.backends.triton.primitives import (
     upper_tap,
 )
 
+IS_PRODUCT = {"product": tl.constexpr(True), "scale": tl.constexpr(False)}
+
 
 class Extent(NamedTuple):
     """Sizes of a product's result, and how its rows are tokens: L per tile, the first P of them prefix tokens."""
@@ -69,7 +71,7 @@ class Fc2(NamedTuple):
     p_tokens: Tensor
     stride_t: int
     stride_l: int
-    PRODUCT: Any  # tl.constexpr: the product gate, else the scale gate
+    PRODUCT: Any  # IS_PRODUCT of the gate
 
 
 class HiddenGradient(NamedTuple):

@@ -218,18 +218,21 @@ class Product:
 
         Each pair is rows [T, L, depth] of any outer strides and a weight, [n, depth] if transposed, else [depth, n].
         """
-        (tiles, length, _), dtype = pairs[0][0].shape, pairs[0][0].dtype
+        first, weight = pairs[0]
+        tiles, length, _ = first.shape
+        columns = weight.shape[0 if transposed else 1]
         self.call, self.pairs, self.transposed = call, pairs, transposed
-        self.flat = [host.flat_rows(rows) for rows, _ in pairs]
-        fits = all(
-            flat is not None and host.aligned(flat, weight) for flat, (_, weight) in zip(self.flat, pairs, strict=True)
-        )
-        columns = pairs[0][1].shape[0 if transposed else 1]
-        depth = sum(rows.shape[2] for rows, _ in pairs)
-        self.problem = Problem(kernel, tiles * length, columns, depth, dtype, fits)
+        self.matrices: list[Tensor | None] = []
+        depth, fits = 0, True
+        for rows, weight in pairs:
+            matrix = host.flat_rows(rows)
+            fits = fits and matrix is not None and host.aligned(matrix, weight)
+            depth += rows.shape[2]
+            self.matrices.append(matrix)
         self.extent = epilogue.Extent(tiles * length, columns, length, call.shape.prefix)
-        self.device = pairs[0][0].device
-        config = host.choose(self.problem, self.device, call.plan.configs)
+        self.problem = Problem(kernel, tiles * length, columns, depth, first.dtype, fits)
+        self.limits = configs.device_of(first.device)
+        config = host.choose(self.problem, first.device, call.plan.configs)
         assert isinstance(config, GemmConfig)
         self.config = config
 
@@ -240,17 +243,18 @@ class Product:
     def launch(self, with_epilogue: Any, args: tuple, tile_sums: Tensor | None = None, if_closed: bool = False) -> None:
         """One program per tile or, with a persistent config, as many as run at a time."""
         config = self.config
-        programs = configs.programs(config, self.problem, configs.device_of(self.device))
+        programs = configs.programs(config, self.problem, self.limits)
+        block_a, block_tail = (config.block_m, config.block_k), (config.tail_m, config.block_k)
+        block_b = (config.block_n, config.block_k) if self.transposed else (config.block_k, config.block_n)
         operands: list[Any] = []
-        for (rows, weight), flat in zip(self.pairs, self.flat, strict=True):
-            term = Term(rows.shape[2], rows.stride(0), rows.stride(1), weight.stride(0))
-            block_b = (config.block_n, config.block_k) if self.transposed else (config.block_k, config.block_n)
+        for (rows, weight), matrix in zip(self.pairs, self.matrices, strict=True):
             if config.tma:
-                assert flat is not None
-                tail = host.descriptor(flat, (config.tail_m, config.block_k)) if config.tail_m else None
-                operands += [host.descriptor(flat, (config.block_m, config.block_k)), tail]
-                operands += [host.descriptor(weight, block_b), term]
+                assert matrix is not None
+                tail = host.descriptor(matrix, block_tail) if config.tail_m else None
+                operands += [host.descriptor(matrix, block_a), tail, host.descriptor(weight, block_b)]
+                operands.append(Term(rows.shape[2], 0, 0, 0))  # a descriptor knows its strides
             else:
+                term = Term(rows.shape[2], rows.stride(0), rows.stride(1), weight.stride(0))
                 operands += [rows, None, weight, term]
         operands += [None] * (8 - len(operands))
         host.run(
@@ -288,7 +292,7 @@ def fc2(call: Call, activated: Tensor, out: Tensor | None, branch: Tensor | None
     tokens = call.tokens
     args = epilogue.Fc2(
         out, branch, call.fc2_bias.contiguous(), tokens, tokens.stride(0), tokens.stride(1),
-        tl.constexpr(call.gate == "product"),
+        epilogue.IS_PRODUCT[call.gate],
     )  # fmt: skip
     product = Product(call, "fc2", [(activated, dense_rows(call.fc2_weight))], True)
     product.launch(epilogue.fc2_fwd, args, if_closed=if_closed)
@@ -307,7 +311,7 @@ def hidden_gradient(
     bias_sums = partial_sums(hidden, product.row_blocks, width) if sum_bias else None
     num_tiles = product.row_blocks * blocks(width, product.config.block_n)
     alpha_sums = partial_sums(hidden, num_tiles) if sum_alpha else None
-    args = epilogue.HiddenGradient(hidden_grad, activated, bias_sums, hidden, tl.constexpr(call.gate == "product"))
+    args = epilogue.HiddenGradient(hidden_grad, activated, bias_sums, hidden, epilogue.IS_PRODUCT[call.gate])
     product.launch(epilogue.hidden_grad, args, alpha_sums)
     return bias_sums, alpha_sums
 

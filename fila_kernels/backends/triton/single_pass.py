@@ -83,7 +83,7 @@ def single_pass(call: Call, out: Tensor, hidden: Tensor | None, branch: Tensor |
     config = host.choose(problem, tokens.device, call.plan.configs)
     assert isinstance(config, GemmConfig)
     strides = tokens.stride(0), tokens.stride(1)
-    args = epilogue.Fc2(out, branch, call.fc2_bias.contiguous(), tokens, *strides, tl.constexpr(call.gate == "product"))
+    args = epilogue.Fc2(out, branch, call.fc2_bias.contiguous(), tokens, *strides, epilogue.IS_PRODUCT[call.gate])
     host.run(
         single_pass_fwd_kernel, (blocks(rows, config.block_m),),
         tokens, call.features, call.boxes.contiguous(), call.image_index.contiguous(),
