@@ -1,4 +1,4 @@
-"""What `cvfm` and `crop_resize` are measured against: eager PyTorch (E0, E1), library calls (L), torchvision, quack.
+"""Baselines of `cvfm` and `crop_resize`: eager PyTorch (E0, E1), library calls (L), torchvision, quack.
 
 E2 (E1 in a CUDA graph) and C (E1 through torch.compile) are made from E1 in `bench.variants`. Slicing needs boxes on
 whole cells, so every baseline takes rounded ones. The CVFM baselines take boxes and indices as Python lists, which a

@@ -1,4 +1,4 @@
-"""What CSV files of the bench say: speed-up tables, the goals on a GPU, and plots, made from the rows alone.
+"""Makes speed-up tables, the goals on a GPU, and plots from the bench's CSV files alone.
 
     python -m bench.report bench/results/cvfm_cpu.csv                 # the table
     python -m bench.report bench/results/cvfm_cpu.csv --plots FOLDER  # and speed-up bars and a roofline chart as SVG

@@ -1,4 +1,4 @@
-"""What the device can do, measured in the same run, and the work that a workload cannot do without.
+"""Measures the roof of the device in the same run, and counts the floor of a workload: its unavoidable work.
 
 The roof has two edges: the byte rate of a large copy (read and written both counted) and the rate of operations in a
 square matrix product, 8192 on a side on a GPU. The floor of a workload is the larger of its FLOPs at the one rate and

@@ -1,7 +1,7 @@
-"""Compare this package with its baselines in interleaved rounds and print the ratios: `python -m bench.run`.
+"""Compares this package with its baselines in interleaved rounds and prints the ratios: `python -m bench.run`.
 
 On a CPU that is the suite "cpu" (on a quiet machine, or with `--busy`), on a GPU "images-8"; `--suite` names others,
-separated by commas. Rows are written as they come, and nothing is printed where a variant of this package is red.
+separated by commas. Rows are written as they come; no ratio is printed if a variant of this package is red.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`python -m fila` is `fila`."""
+"""Runs the command line: `python -m fila` is `fila`."""
 
 import sys
 

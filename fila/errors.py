@@ -1,4 +1,4 @@
-"""The errors about pictures; puts errors into one line, and tells memory running out from other errors."""
+"""Defines the errors about pictures, puts any error into one line, and recognises running out of memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

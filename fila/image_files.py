@@ -1,7 +1,7 @@
-"""Open picture files: find the format, read the header, and refuse what is not whole or would take too long to decode.
+"""Opens picture files: finds the format, reads the header, and refuses files that are cut or would decode too slowly.
 
-Pillow decodes; nothing here depends on what else in the process has set on it (`trusting_no_settings`). Three formats
-are walked before they are decoded, without decoding anything:
+Pillow decodes, independent of what other code in the process has set on it (`trusting_no_settings`). Three formats are
+walked first, without decoding anything:
 
     JPEG       scans, each of which costs a pass over all pixels, however few bytes it has
     JPEG 2000  tiles, since the decoder paints missing ones black and says nothing; and the depth of each component

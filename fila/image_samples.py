@@ -1,8 +1,8 @@
-"""What the numbers in a picture mean, and the 8-bit RGB that follows from it.
+"""Interprets a picture's samples (depth, white, transparent colour) and turns them into 8-bit RGB.
 
-A mode of Pillow says how samples are stored, not what white is: grey of 12 bits comes in the mode of 16, a TIFF may
-count down from white, a PNG's transparent colour is in the file's own depth. `Samples.of` asks the file; for a picture
-that is no file any more the mode has to do.
+Pillow's mode says how samples are stored, not which value is white: grey of 12 bits comes in the mode of 16, a TIFF may
+count down from white, a PNG's transparent colour has the file's own depth. `Samples.of` therefore reads these from the
+file; for a picture that no longer has its file it uses the mode.
 """
 
 import io

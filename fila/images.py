@@ -1,4 +1,4 @@
-"""Reads one picture from any source into 8-bit RGB, once; bad and unusual input is refused or read right here.
+"""Reads one picture from any source into 8-bit RGB, once; bad input is refused, unusual input read right.
 
 The steps, each before those that depend on it:
 

@@ -1,7 +1,8 @@
-"""Configurations whose names have one owner each: unknown names are errors, and parts' settings are views.
+"""Base of FILA's configurations: every name has one owner, and unknown names are errors.
 
-transformers keeps whatever name it is given and saves it again. Here a slip is an error that names the nearest setting,
-a setting of a part is seen from the whole but stored once, and all is checked when it is made, used and saved.
+transformers keeps any name that it is given and saves it again. Here a misspelt name is an error that suggests the
+nearest setting. A part's setting can be read from the whole but is stored once. Everything is checked when a
+configuration is made, used and saved.
 """
 
 import dataclasses

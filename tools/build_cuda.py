@@ -1,4 +1,4 @@
-"""Builds csrc for the GPU that is here, into fila_kernels/lib: what `make gpu` does before it tests anything.
+"""Builds csrc for this machine's GPU into fila_kernels/lib; `make gpu` does so before it tests anything.
 
     python -m tools.build_cuda
 

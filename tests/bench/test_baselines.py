@@ -1,4 +1,4 @@
-"""The baselines compute the definition, and the floor is the work that cannot be left out."""
+"""The baselines compute the definition, and the floor counts the unavoidable work."""
 
 import dataclasses
 

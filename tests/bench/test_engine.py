@@ -1,4 +1,4 @@
-"""The engine: turns rotate, red ends a comparison, a failing baseline is a note, and a CSV keeps one schema."""
+"""The engine: turns rotate, a red variant of ours ends a comparison, a failing baseline is a note, a CSV has one schema."""
 
 from pathlib import Path
 
