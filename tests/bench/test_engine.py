@@ -1,4 +1,4 @@
-"""The engine: turns rotate, a red variant of ours ends a comparison, a failing baseline is a note, a CSV has one schema."""
+"""The engine: turns rotate, a red variant of ours ends a comparison, a failing baseline is a note, one CSV schema."""
 
 from pathlib import Path
 
