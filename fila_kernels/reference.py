@@ -4,11 +4,11 @@ Shapes: B images, T tiles, P prefix tokens, G grid side, N = G * G, D token widt
 It is written to be read beside the equations in ``docs`` and is never optimised.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fila_kernels.call import grid_side
 
 
 def axis_positions(start: Tensor, end: Tensor, size: int, cells: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +97,7 @@ def cvfm(
 ) -> Tensor:
     """Fuse each tile's tokens [T, P+N, D] with its region of the feature map [B, h, w, C]; see `fila_kernels.cvfm`."""
     prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
-    size = math.isqrt(patches.shape[1])
+    size = grid_side(patches.shape[1])
     sampled = crop_resize(features, boxes, image_index, size).flatten(1, 2)
     hidden = F.gelu(F.linear(torch.cat([patches, sampled], dim=-1), fc1_weight, fc1_bias))
     branch = F.linear(hidden, fc2_weight, fc2_bias)

@@ -35,8 +35,8 @@ BAD = {
     "weights on meta": ({"fc1_weight": torch.zeros(12, 14, device="meta")}, "fc1_weight: expected device cpu"),
     "token rank": ({"tokens": torch.zeros(3, 17)}, r"tokens: expected shape \[T, P \+ N, D\], got \[3, 17\]"),
     "token count": ({"tokens": torch.zeros(4, 17, 8)}, r"boxes: expected shape \[4, 4\]"),
-    "not a square": ({"tokens": torch.zeros(3, 16, 8)}, "1 prefix tokens and a square number of patch tokens"),
-    "no patch": ({"tokens": torch.zeros(3, 1, 8)}, "square number of patch tokens"),
+    "not a square": ({"tokens": torch.zeros(3, 16, 8)}, "a square number of patch tokens, got 15"),
+    "no patch": ({"tokens": torch.zeros(3, 1, 8)}, "square number of patch tokens, got 0"),
     "token stride": ({"tokens": torch.zeros(3, 8, 17).transpose(1, 2)}, "tokens: expected a last stride of 1"),
     "fc1 width": (
         {"fc1_weight": torch.zeros(12, 13)},
