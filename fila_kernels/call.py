@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 PLANS = ("sample_first", "project_first", "single_pass")
@@ -158,7 +159,11 @@ class Needs(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The validated arguments of one call, their sizes and the plan."""
+    """The validated arguments of one call, their sizes and the plan.
+
+    `features`, weights, biases and `alpha` share `dtype`, in which the products are computed. `tokens`, and with them
+    the result and its gradient, may have another under autocast: the residual is added in the tokens' own dtype.
+    """
 
     tokens: Tensor
     features: Tensor
@@ -172,6 +177,20 @@ class Call(NamedTuple):
     shape: Shape
     gate: str
     plan: Plan
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The products' dtype."""
+        return self.fc1_weight.dtype
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the tokens have a dtype of their own."""
+        return self.tokens.dtype != self.dtype
+
+    def row_operand(self) -> Tensor:
+        """The tokens as fc1 multiplies them: themselves, or a dense copy in the products' dtype."""
+        return self.tokens.to(self.dtype, memory_format=torch.contiguous_format) if self.mixed else self.tokens
 
     @property
     def weight_x(self) -> Tensor:

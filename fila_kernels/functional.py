@@ -176,7 +176,8 @@ def cvfm(
     inside the branch gets a gradient of zero, and alpha's gradient counts the finite entries of m. At other alpha an
     infinite m has saturated the product gate and adds nothing to alpha's gradient; a NaN stays one.
 
-    Under autocast the float tensors are cast to the autocast dtype, as `F.linear` does, and so the result has it too.
+    Under autocast the float tensors but `tokens` are cast to the autocast dtype, as `F.linear` does. The residual is
+    added in the tokens' own dtype, which the result and its gradient have; fc1 reads the tokens rounded.
     Differentiable once, by all float tensors but `boxes`; the backward pass is deterministic and uses no atomics.
     Source: FILA, arXiv 2412.08378, section 3; what the paper leaves open is listed in the project's docs.
 
@@ -191,14 +192,16 @@ def cvfm(
         >>> torch.equal(out[:, 0], tokens[:, 0])
         True
     """
+    dtype = tokens.dtype
     if tokens.device.type != "meta" and torch.is_autocast_enabled(tokens.device.type):
-        dtype = torch.get_autocast_dtype(tokens.device.type)
-        tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha = (
-            tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-            for tensor in (tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
+        low = torch.get_autocast_dtype(tokens.device.type)
+        dtype = dtype if dtype == torch.float64 else low
+        features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha = (
+            tensor if tensor.dtype == torch.float64 else tensor.to(low)
+            for tensor in (features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
         )
     inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
-    check_cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate, plan=plan)
+    check_cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate, plan=plan, dtype=dtype)
     name, _ = dispatch.requested(backend)
     if name == "reference":
         return reference.cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate)

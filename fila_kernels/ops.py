@@ -48,8 +48,8 @@ def _forward_results(tokens, fc1_weight, num_prefix_tokens, save_hidden, save_br
     rows = tiles * (length - num_prefix_tokens)
     return (
         torch.empty_like(tokens, memory_format=torch.contiguous_format),
-        tokens.new_empty((rows, fc1_weight.shape[0]) if save_hidden else (0,)),
-        tokens.new_empty((rows, width) if save_branch else (0,)),
+        fc1_weight.new_empty((rows, fc1_weight.shape[0]) if save_hidden else (0,)),
+        fc1_weight.new_empty((rows, width) if save_branch else (0,)),
     )
 
 
@@ -62,7 +62,7 @@ def _backward_results(inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
 
 
 def _no_autocast(device: torch.device):
-    """Operands were cast at the public edge; inside an op nothing is cast again."""
+    """Operands were cast at the public edge, all but the tokens; inside an op nothing is cast again."""
     return torch.autocast(device.type, enabled=False)
 
 
@@ -93,11 +93,11 @@ def _cvfm_forward(
     num_prefix_tokens, gate, plan, save_hidden, save_branch, backend="auto",
 ):  # fmt: skip
     shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
-    chosen = planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend)
+    chosen = planner.choose(shape, fc1_weight.dtype, tokens.device, plan or None, backend)
     if tokens.numel() == 0:
         return _forward_results(tokens, fc1_weight, num_prefix_tokens, save_hidden, save_branch)
-    hidden = tokens.new_empty((shape.samples, shape.hidden_width) if save_hidden else (0,))
-    branch = tokens.new_empty((shape.samples, shape.token_width) if save_branch else (0,))
+    hidden = fc1_weight.new_empty((shape.samples, shape.hidden_width) if save_hidden else (0,))
+    branch = fc1_weight.new_empty((shape.samples, shape.token_width) if save_branch else (0,))
     inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
     with _no_autocast(tokens.device):
         out = dispatch.implementation(chosen.forward_backend).forward(
@@ -119,7 +119,7 @@ def _cvfm_backward(
 ):  # fmt: skip
     likes = [tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha]
     shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
-    chosen = planner.choose(shape, tokens.dtype, tokens.device, plan or None, backend)
+    chosen = planner.choose(shape, fc1_weight.dtype, tokens.device, plan or None, backend)
     if tokens.numel() == 0:
         return tuple(result.zero_() for result in _backward_results(likes, needs))
     inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)

@@ -95,15 +95,19 @@ def cvfm(
     num_prefix_tokens: int = 1,
     gate: str = "product",
 ) -> Tensor:
-    """Fuse each tile's tokens [T, P+N, D] with its region of the feature map [B, h, w, C]; see `fila_kernels.cvfm`."""
+    """Fuse each tile's tokens [T, P+N, D] with its region of the feature map [B, h, w, C]; see `fila_kernels.cvfm`.
+
+    Under autocast `tokens` may have another dtype than the rest; the residual and the result keep it.
+    """
     prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
     size = grid_side(patches.shape[1])
     sampled = crop_resize(features, boxes, image_index, size).flatten(1, 2)
-    hidden = F.gelu(F.linear(torch.cat([patches, sampled], dim=-1), fc1_weight, fc1_bias))
+    rows = torch.cat([patches.to(fc1_weight.dtype), sampled], dim=-1)
+    hidden = F.gelu(F.linear(rows, fc1_weight, fc1_bias))
     branch = F.linear(hidden, fc2_weight, fc2_bias)
     if not branch.is_meta and bool((alpha == 0).all()):
         # The branch is switched off: its inputs get a gradient of exactly zero, also where 0 * inf would be NaN.
         # Sums over no elements tie them to the graph without reading a value.
         inputs = (tokens, features, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         branch = branch.detach() + sum(tensor.flatten()[:0].sum() for tensor in inputs)
-    return torch.cat([prefix, patches + gated(branch, alpha, gate)], dim=1)
+    return torch.cat([prefix, (patches + gated(branch, alpha, gate)).to(tokens.dtype)], dim=1)

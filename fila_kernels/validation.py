@@ -71,9 +71,13 @@ def check_crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size
 def check_cvfm(
     tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor,
     fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, alpha: Tensor,
-    *, num_prefix_tokens: int, gate: str, plan: str | None,
+    *, num_prefix_tokens: int, gate: str, plan: str | None, dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Raise `ValueError` unless `cvfm` can run on these arguments."""
+    """Raise `ValueError` unless `cvfm` can run on these arguments.
+
+    Args:
+        dtype: of all float tensors but `tokens` and `boxes`: that of `tokens`, but under autocast its own.
+    """
     _expect(gate in GATES, "gate", "one of {}", repr(gate), ", ".join(GATES))
     _expect(plan is None or plan in PLANS, "plan", "one of {} or None", repr(plan), ", ".join(PLANS))
     _check_maps(features, boxes, image_index)
@@ -84,7 +88,8 @@ def check_cvfm(
     _expect(num_prefix_tokens >= 0, "num_prefix_tokens", "0 or more", num_prefix_tokens)
     if not torch.compiler.is_compiling():  # a traced length is a symbol; the operator looks at the real one
         grid_side(length - num_prefix_tokens)
-    _expect(width == 0 or tokens.stride(2) == 1, "tokens", "a last stride of 1", tokens.stride())
+    _expect(tokens.dtype in FLOATS, "tokens", "dtype float32, bfloat16, float16 or float64", tokens.dtype)
+    _expect(width <= 1 or tokens.stride(2) == 1, "tokens", "a last stride of 1", tokens.stride())
     hidden, channels = fc1_weight.shape[0], features.shape[3]
     expected = {
         "fc1_weight": (fc1_weight, (hidden, width + channels), "[H, D + C]"),
@@ -96,5 +101,8 @@ def check_cvfm(
     for name, (tensor, shape, letters) in expected.items():
         _expect(tuple(tensor.shape) == shape, name, "shape {} = {}", tensor.shape, letters, list(shape))
     for name, tensor in [("features", features), *((name, entry[0]) for name, entry in expected.items())]:
-        _expect(tensor.dtype == tokens.dtype, name, "dtype {} (as tokens)", tensor.dtype, tokens.dtype)
+        _expect(
+            tensor.dtype == dtype, name, "dtype {} ({})", tensor.dtype, dtype,
+            "as tokens" if dtype == tokens.dtype else "autocast's",
+        )  # fmt: skip
         _expect(tensor.device == tokens.device, name, "device {} (as tokens)", tensor.device, tokens.device)

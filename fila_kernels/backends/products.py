@@ -50,7 +50,7 @@ def tiles_per_chunk(call: Call) -> int:
     """As many tiles as keep the hidden activation in a CPU's second-level caches; a GPU takes all at once."""
     if not on_cpu(call):
         return call.shape.tiles
-    return max(1, CHUNK_BYTES // (call.shape.patches * call.shape.hidden_width * call.tokens.dtype.itemsize))
+    return max(1, CHUNK_BYTES // (call.shape.patches * call.shape.hidden_width * call.dtype.itemsize))
 
 
 def chunks(call: Call) -> Iterator[tuple[int, int, slice]]:
@@ -63,7 +63,7 @@ def chunks(call: Call) -> Iterator[tuple[int, int, slice]]:
 
 def chunk_scratch(call: Call, width: int) -> Tensor:
     """Uninitialised rows for one chunk."""
-    return call.tokens.new_empty(min(tiles_per_chunk(call), call.shape.tiles) * call.shape.patches, width)
+    return call.fc1_weight.new_empty(min(tiles_per_chunk(call), call.shape.tiles) * call.shape.patches, width)
 
 
 class FirstLayer:
@@ -86,7 +86,7 @@ class FirstLayer:
         call, width = self.call, self.call.shape.token_width
         if self.projected:
             # Below float32 the projection and its interpolation are rounded once each on their way.
-            patches = patch_rows(call, call.tokens, first, last)
+            patches = patch_rows(call, call.tokens, first, last).to(call.dtype)
             return torch.addmm(self.sampled(first, last), patches, call.weight_x.t(), out=out)
         joint = self.joint[: out.shape[0]]
         patches = call.tokens[first:last, call.shape.prefix :]
@@ -191,7 +191,7 @@ def backward(
 
 
 def _recompute_hidden(call: Call, steps: Steps) -> Tensor:
-    hidden = call.tokens.new_empty(call.shape.samples, call.shape.hidden_width)
+    hidden = call.fc1_weight.new_empty(call.shape.samples, call.shape.hidden_width)
     first_layer = FirstLayer(call, steps)
     for first, last, rows in chunks(call):
         first_layer(first, last, hidden[rows])
@@ -240,7 +240,7 @@ def _second_layer(
     product = call.gate == "product"
     needs_activated = needs.fc2_weight or (product and branch is None) or (not product and needs.alpha)
     activated = torch.empty_like(hidden) if hidden is not None and needs_activated else None
-    branch_grad = grad.new_empty(shape.samples, shape.token_width)
+    branch_grad = call.fc1_weight.new_empty(shape.samples, shape.token_width)
     scratch = chunk_scratch(call, shape.token_width)
     total = None
     for first, last, rows in chunks(call):
@@ -301,7 +301,9 @@ def _add_rows(call: Call, grad: Tensor, dz: Tensor, tokens_grad: Tensor, first: 
     """dX = dY + dZ W1x for some tiles, straight into the result where its rows are flat."""
     target = tokens_grad[first:last, call.shape.prefix :]
     patch_grad = patch_rows(call, grad, first, last)
-    if last - first == 1 or call.shape.prefix == 0:
+    if call.mixed:
+        torch.add(patch_grad.view(target.shape), torch.mm(dz, call.weight_x).view(target.shape), out=target)
+    elif last - first == 1 or call.shape.prefix == 0:
         torch.addmm(patch_grad, dz, call.weight_x, out=target.view(-1, call.shape.token_width))
     else:
         target.copy_(torch.addmm(patch_grad, dz, call.weight_x).view(target.shape))
@@ -309,7 +311,7 @@ def _add_rows(call: Call, grad: Tensor, dz: Tensor, tokens_grad: Tensor, first: 
 
 def _weight_chunks(call: Call) -> Iterable[tuple[int, int, slice]]:
     """All rows at once below float32, where each partial sum would be rounded; else chunks, which copy no tokens."""
-    if call.tokens.dtype in (torch.float32, torch.float64):
+    if call.dtype in (torch.float32, torch.float64):
         return chunks(call)
     return [(0, call.shape.tiles, slice(0, call.shape.samples))]
 
@@ -340,7 +342,7 @@ def _first_layer(call: Call, inner: Tensor, needs: Needs, results: list[Tensor |
     if needs.fc1_weight:
         weight_grad = torch.empty_like(call.fc1_weight, memory_format=torch.contiguous_format)
         for first, last, rows in _weight_chunks(call):  # dW1x = dZ' X
-            patches = patch_rows(call, call.tokens, first, last)
+            patches = patch_rows(call, call.tokens, first, last).to(call.dtype)
             _accumulate(weight_grad[:, : shape.token_width], inner[rows], patches, first == 0)
         if plan.weight_gradient == "project_first":
             assert gathered is not None

@@ -69,9 +69,9 @@ def test_low_precision_goes_through_one_operator_on_a_gpu_where_widths_fill_16_b
     shape = Shape.of((3, 17, widths[0]), (2, 10, 12, widths[2]), widths[1])
     plan = Plan(*["sample_first"] * 3, {})
     tokens = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
-    call = SimpleNamespace(tokens=tokens, shape=shape, plan=plan)
+    call = SimpleNamespace(tokens=tokens, shape=shape, plan=plan, dtype=dtype, mixed=False)
     assert native.has_forward(call) == (dtype != torch.float32 and not any(width % 8 for width in widths))
-    assert native.has_forward(SimpleNamespace(tokens=tokens, shape=shape, plan=replace(plan, forward="single_pass")))
+    assert native.has_forward(SimpleNamespace(**vars(call) | {"plan": replace(plan, forward="single_pass")}))
 
 
 def test_on_a_cpu_everything_goes_through_one_operator(monkeypatch):

@@ -61,18 +61,45 @@ def test_fake_tensors_have_the_shapes_of_real_ones():
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
-def test_autocast_casts_as_linear_does():
+def test_autocast_keeps_the_residual():
+    """x + f(x) in PyTorch has the dtype of x, whatever autocast makes of f."""
     inputs = Case("autocast").inputs(torch.float32)
     leaves = inputs | {name: inputs[name].requires_grad_() for name in DIFFERENTIABLE}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = cvfm(**leaves)
-        assert out.dtype == torch.nn.functional.linear(leaves["tokens"], torch.randn(2, 8)).dtype == torch.bfloat16
+        assert out.dtype == (leaves["tokens"] + torch.nn.functional.linear(out, torch.randn(8, 8))).dtype
+    assert out.dtype == torch.float32
+    assert torch.equal(out[:, 0], inputs["tokens"][:, 0])
     low = {name: t.detach().to(torch.bfloat16) if name in DIFFERENTIABLE else t for name, t in inputs.items()}
-    assert torch.equal(out, cvfm(**low))
-    out.float().sum().backward()
+    assert not torch.equal(out, cvfm(**low).float())
+    out.sum().backward()
     assert all(leaves[name].grad.dtype == torch.float32 for name in DIFFERENTIABLE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert crop_resize(inputs["features"], inputs["boxes"], inputs["image_index"], 2).dtype == torch.float32
+
+
+def test_autocast_through_a_closed_gate_gives_the_tokens_to_the_last_bit():
+    inputs = Case("closed", alpha=0.0).inputs(torch.float32)
+    grad = torch.randn_like(inputs["tokens"])
+
+    def autocast(**arguments):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return cvfm(**arguments)
+
+    out, found = gradients(autocast, inputs, grad)
+    assert torch.equal(out, inputs["tokens"])
+    assert torch.equal(found["tokens"], grad)
+
+
+def test_without_autocast_the_dtypes_are_one():
+    inputs = Case("mixed").inputs(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"features: expected dtype torch.float32 \(as tokens\)"):
+        cvfm(**inputs | {"tokens": inputs["tokens"].float()})
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match=r"features: expected dtype torch.bfloat16 \(autocast's\)"),
+    ):
+        cvfm(**inputs | {"tokens": inputs["tokens"].float(), "features": inputs["features"].double()})
 
 
 def test_gradient_checkpointing():

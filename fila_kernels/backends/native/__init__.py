@@ -34,7 +34,7 @@ def crop_resize_backward(grad: Tensor, boxes: Tensor, image_index: Tensor, maps:
 
 def gate_backward(call: Call, grad: Tensor, m: Tensor, out: Tensor, needs_alpha: bool) -> Tensor:
     """dM [rows, D] of the product gate into `out`, and these rows' part of alpha's gradient."""
-    return torch.ops.fila.gate_backward(dense_channels(grad), m, call.alpha, out)
+    return torch.ops.fila.gate_backward(dense_channels(grad.to(m.dtype)), m, call.alpha, out)
 
 
 def sampler(maps: Tensor, call: Call) -> Callable[[int, int], Tensor]:
@@ -52,11 +52,13 @@ STEPS = products.Steps(sampler, crop_resize_backward, gate_backward)
 
 def has_forward(call: Call) -> bool:
     """Whether the forward operator takes this call: all on a CPU, else what its products take."""
+    if call.mixed:
+        return False
     if call.tokens.device.type == "cpu" or call.plan.forward == "single_pass":  # which it takes or refuses itself
         return True
     shape = call.shape
     widths = (shape.token_width, shape.feature_width, shape.hidden_width)
-    return call.tokens.dtype != torch.float32 and all(width and width % ALIGNMENT == 0 for width in widths)
+    return call.dtype != torch.float32 and all(width and width % ALIGNMENT == 0 for width in widths)
 
 
 def forward(call: Call, hidden: Tensor | None, branch: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ __all__ = ["backward", "crop_resize", "crop_resize_backward", "forward"]
 
 
 def _scratch(call: Call, width: int) -> Tensor:
-    return call.tokens.new_empty((call.shape.tiles, call.shape.prefix + call.shape.patches, width))
+    return call.fc1_weight.new_empty((call.shape.tiles, call.shape.prefix + call.shape.patches, width))
 
 
 def _dense_like(tensor: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def _backward(
     needs_branch = branch is None and (product or needs.alpha) and any(needs)
     activated = sampled = None
     if hidden is None and (needs_branch or needs_hidden_grad or needs.fc2_weight):
-        hidden = call.tokens.new_empty((shape.samples, shape.hidden_width))
+        hidden = call.fc1_weight.new_empty((shape.samples, shape.hidden_width))
         activated = _scratch(call, shape.hidden_width) if needs_branch else None
         sampled = _first_layer(call, hidden, activated)
     if activated is None and (needs_branch or (needs.fc2_weight and not needs_hidden_grad)):
@@ -78,7 +78,7 @@ def _backward(
     if needs_branch:
         # The scale gate reads M only where it is closed, to keep what is not finite out of alpha's gradient.
         assert activated is not None
-        branch = call.tokens.new_empty((shape.samples, shape.token_width))
+        branch = call.fc1_weight.new_empty((shape.samples, shape.token_width))
         gemm.fc2(call, activated, None, branch, if_closed=not product)
 
     branch_grad = _scratch(call, shape.token_width) if needs_hidden_grad or needs.fc2_weight else None
@@ -134,7 +134,7 @@ def _inner_gradients(
     gathered = None
     if weight_projects or feature_projects:  # dP = R' dZ
         assert tables is not None
-        gathered = call.tokens.new_empty((*shape.maps, shape.hidden_width))
+        gathered = call.fc1_weight.new_empty((*shape.maps, shape.hidden_width))
         _gather(call, hidden_grad, tables, gathered)
     if needs.features:
         results[1] = features_grad = _dense_like(call.features)
@@ -148,7 +148,7 @@ def _inner_gradients(
     if needs.fc1_weight:
         weight_grad = _dense_like(call.fc1_weight)
         inner = hidden_grad[:, shape.prefix :]
-        gemm.weight_gradient(call, inner, call.tokens[:, shape.prefix :], weight_grad[:, : shape.token_width])
+        gemm.weight_gradient(call, inner, call.row_operand()[:, shape.prefix :], weight_grad[:, : shape.token_width])
         if weight_projects:  # dW1s = dP' F
             assert gathered is not None
             cells = call.features.reshape(1, -1, shape.feature_width)

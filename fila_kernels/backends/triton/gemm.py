@@ -18,7 +18,9 @@ Operands come through tensor descriptors, which the copy engine (TMA) reads, or 
 BLOCK_M rows, a power of two, and TAIL_M more in a second accumulator.
 
 Launchers stand beneath the kernels. Each takes the call and tensors to read and to fill; a tensor that is None is not
-computed. Tokens and their gradient may have any outer strides, all others are dense.
+computed. Tokens and their gradient may have any outer strides, all others are dense. Under autocast both may have a
+dtype of their own: epilogues add the residual in it, and fc1 reads a copy of the tokens in the products' dtype, since
+descriptors do not convert.
 """
 
 from functools import lru_cache
@@ -68,7 +70,7 @@ def add_product(
         for k in tl.range(0, term.depth, BLOCK_K):
             step = k + tl.arange(0, BLOCK_K)
             in_depth = step < term.depth
-            b_a = tl.load(p_a + step[None, :], mask=in_rows & in_depth[None, :], other=0.0)
+            b_a = tl.load(p_a + step[None, :], mask=in_rows & in_depth[None, :], other=0.0).to(b.dtype.element_ty)
             if TRANSPOSED:
                 p_b = b + column.to(tl.int64)[None, :] * term.stride_b + step[:, None]
             else:
@@ -216,8 +218,9 @@ class Product:
     def __init__(self, call: Call, kernel: str, pairs: list[tuple[Tensor, Tensor]], transposed: bool) -> None:
         """Chooses the config for a sum of products.
 
-        Each pair is rows [T, L, depth] of any outer strides and a weight, [n, depth] if transposed, else [depth, n].
+        Each pair is rows [T, L, depth] and a weight, [n, depth] if transposed, else [depth, n], both of any strides.
         """
+        pairs = [(dense_rows(rows), dense_rows(weight)) for rows, weight in pairs]
         first, weight = pairs[0]
         tiles, length, _ = first.shape
         columns = weight.shape[0 if transposed else 1]
@@ -268,7 +271,7 @@ def fc1(call: Call, s: Tensor, hidden: Tensor | None, activated: Tensor | None) 
     """Z = [X ; S] W1' + b1 into `hidden` [T * N, H] and A = gelu(Z) into `activated` [T, L, H], from S [T, L, C]."""
     weight = dense_rows(call.fc1_weight)
     width = call.shape.token_width
-    product = Product(call, "fc1", [(call.tokens, weight[:, :width]), (s, weight[:, width:])], True)
+    product = Product(call, "fc1", [(call.row_operand(), weight[:, :width]), (s, weight[:, width:])], True)
     product.launch(epilogue.fc1_fwd, epilogue.Fc1(hidden, activated, call.fc1_bias.contiguous()))
 
 
@@ -277,7 +280,8 @@ def fc1_projected(
 ) -> None:
     """The same from P = F W1s' + b1 [B * h * w, H] and the samples' taps and weights [T, 2, G]."""
     shape = call.shape
-    product = Product(call, "fc1_projected", [(call.tokens, dense_rows(call.fc1_weight)[:, : shape.token_width])], True)
+    weight = dense_rows(call.fc1_weight)[:, : shape.token_width]
+    product = Product(call, "fc1_projected", [(call.row_operand(), weight)], True)
     args = epilogue.Fc1Projected(
         hidden, activated, projected, taps, weights, call.image_index.contiguous(), shape.grid, *shape.maps
     )
@@ -294,7 +298,7 @@ def fc2(call: Call, activated: Tensor, out: Tensor | None, branch: Tensor | None
         out, branch, call.fc2_bias.contiguous(), tokens, tokens.stride(0), tokens.stride(1),
         epilogue.IS_PRODUCT[call.gate],
     )  # fmt: skip
-    product = Product(call, "fc2", [(activated, dense_rows(call.fc2_weight))], True)
+    product = Product(call, "fc2", [(activated, call.fc2_weight)], True)
     product.launch(epilogue.fc2_fwd, args, if_closed=if_closed)
 
 
@@ -306,7 +310,7 @@ def hidden_gradient(
 
     Returns partial sums, where wanted: of fc1's bias [blocks, H], and of alpha for the scale gate.
     """
-    product = Product(call, "hidden_gradient", [(branch_grad, dense_rows(call.fc2_weight))], False)
+    product = Product(call, "hidden_gradient", [(branch_grad, call.fc2_weight)], False)
     width = call.shape.hidden_width
     bias_sums = partial_sums(hidden, product.row_blocks, width) if sum_bias else None
     num_tiles = product.row_blocks * blocks(width, product.config.block_n)
@@ -334,11 +338,13 @@ def input_gradient(
 
 
 def weight_gradient(call: Call, a: Tensor, b: Tensor, out: Tensor, factor: str = "parameter") -> None:
-    """a' b, summed over T and N, into the rows of `out` [M, K], for a [T, N, M] and b [T, N, K] of any outer strides.
+    """a' b, summed over T and N, into the rows of `out` [M, K], for a [T, N, M] and b [T, N, K] of any strides.
 
     `factor` names what the sum is multiplied by, see `pointwise.factored`. The depth is cut into parts where one sum
     per tile would leave multiprocessors idle; the parts are added in their order.
     """
+    # A map with channels first is such a b: the view of one image's cells has its unit stride over them.
+    a, b = dense_rows(a), dense_rows(b)
     tiles, patches, rows = a.shape
     columns = b.shape[2]
     problem = Problem("weight_gradient", rows, columns, tiles * patches, a.dtype, host.aligned(a, b))

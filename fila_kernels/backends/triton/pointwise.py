@@ -134,7 +134,7 @@ def gate_gradient(
     shape = call.shape
     length = shape.prefix + shape.patches
     rows = shape.tiles * length
-    problem = Problem("gate_backward", rows, shape.token_width, 0, grad.dtype)
+    problem = Problem("gate_backward", rows, shape.token_width, 0, call.dtype)
     config = host.choose(problem, grad.device, call.plan.configs)
     assert isinstance(config, GatherConfig)
     blocks_m = blocks(rows, config.block_rows)

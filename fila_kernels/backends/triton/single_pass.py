@@ -79,7 +79,7 @@ def single_pass(call: Call, out: Tensor, hidden: Tensor | None, branch: Tensor |
     length = shape.prefix + shape.patches
     rows = shape.tiles * length
     w1, w2 = dense_rows(call.fc1_weight), dense_rows(call.fc2_weight)
-    problem = Problem("single_pass", rows, shape.hidden_width, shape.token_width, tokens.dtype)
+    problem = Problem("single_pass", rows, shape.hidden_width, shape.token_width, call.dtype)
     config = host.choose(problem, tokens.device, call.plan.configs)
     assert isinstance(config, GemmConfig)
     strides = tokens.stride(0), tokens.stride(1)
@@ -92,7 +92,7 @@ def single_pass(call: Call, out: Tensor, hidden: Tensor | None, branch: Tensor |
         Term(shape.token_width, *strides, w1.stride(0)),
         epilogue.Extent(rows, shape.hidden_width, length, shape.prefix),
         epilogue.Extent(rows, shape.token_width, length, shape.prefix), args,
-        EPILOGUE=epilogue.fc2_fwd, PRECISION=host.precision(tokens.dtype),
+        EPILOGUE=epilogue.fc2_fwd, PRECISION=host.precision(call.dtype),
         BLOCK_H=max(16, power_of_two(shape.hidden_width)),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages,
