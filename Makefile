@@ -10,7 +10,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-transformers test-triton test-aot test-cuda test-sanitize lint format bench gpu train-nano clean
+.PHONY: help setup demo test test-fast test-transformers test-triton test-aot test-cuda test-sanitize test-fuzz lint format bench gpu train-nano clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test-cuda: setup ## compile every unit of csrc/cuda for three architectures, loo
 
 test-sanitize: setup ## run the CPU kernels' tests and fuzz under AddressSanitizer and UBSan (some minutes)
 	$(RUN) tools/sanitize.py
+
+test-fuzz: setup ## throw 10,000 mutated pictures at the reader (some minutes; seeds are printed)
+	$(RUN) -m tests.fuzz.pictures $(ARGS)
 
 lint: setup ## formatting, lint and types
 	$(RUN) -m ruff format --check .

@@ -1,12 +1,13 @@
 """Turns pictures into tensors: the ViT's views and the ConvNeXt's high-resolution raster, placed by `fila.geometry`.
 
 Source: FILA (arXiv 2412.08378), section 3. Views, resampling and padding are LLaVA-NeXT's and equal those of
-`transformers`' `LlavaNextImageProcessorPil`. The raster is resized from the original picture, once, into the content
-rectangle times the scale. That is our choice: a second fit drifts by up to a canvas pixel.
+`transformers`' `LlavaNextImageProcessorPil` to within the tolerance of `fila.resampling`. The raster is resized from
+the original picture, once, into the content rectangle times the scale. That is our choice: a second fit drifts by up to
+a canvas pixel.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.processing_utils import ImagesKwargs
 
-from fila.geometry import LLAVA_NEXT_CANVASES, Geometry, Layout, Rect, shared_geometry
+from fila.geometry import LLAVA_NEXT_CANVASES, Geometry, Layout, shared_geometry
 from fila.images import MAX_IMAGE_SIDE, Picture, load_picture
+from fila.resampling import Pixels, normalize, place, place_normalized, resizer
 
 # What transformers may ask of an image processor and this one always does.
 ALWAYS = {"do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": True}
@@ -200,27 +202,27 @@ class FilaImageProcessor(BaseImageProcessor):
     def _draw(self, picture: Picture) -> tuple[tuple[int, int], np.ndarray, np.ndarray | None]:
         """Size, views [views, 3, tile, tile] and raster [3, height, width] of one picture."""
         layout = picture.layout(self.geometry)
-        views = self._draw_views(picture.image, layout)
-        raster = self._draw_raster(picture.image, layout) if self.do_high_res else None
+        resize = resizer(picture, self.resample)
+        views = self._draw_views(resize, layout)
+        raster = self._draw_raster(resize, layout) if self.do_high_res else None
         return (layout.height, layout.width), views, raster
 
-    def _draw_views(self, image: Image.Image, layout: Layout) -> np.ndarray:
+    def _draw_views(self, resize: Callable[[int, int], Pixels], layout: Layout) -> np.ndarray:
         side = self.tile_size
-        views = np.empty((layout.num_views, 3, side, side), np.float32)
-        whole = np.asarray(image.resize((side, side), self.resample))
-        _normalize(whole.transpose(2, 0, 1), self.image_mean, self.image_std, out=views[0])
+        views = torch.empty(layout.num_views, 3, side, side)
+        normalize(resize(side, side)[0], self.image_mean, self.image_std, out=views[0])
         if layout.rows:
-            canvas = _place(image, layout.canvas, layout.content, self.resample)
-            # [rows, y, columns, x, channel] -> [rows, columns, channel, y, x]: the tiles, row by row
-            tiles = canvas.reshape(layout.rows, side, layout.columns, side, 3).transpose(0, 2, 4, 1, 3)
-            out = views[1:].reshape(layout.rows, layout.columns, 3, side, side)
-            _normalize(tiles, self.image_mean, self.image_std, out=out)
-        return views
+            canvas = place(resize, layout.canvas, layout.content)
+            # Both as [channel, row, y, column, x]; the views hold the tiles row by row.
+            tiles = canvas[0].unflatten(1, (layout.rows, side)).unflatten(3, (layout.columns, side))
+            out = views[1:].unflatten(0, (layout.rows, layout.columns)).permute(2, 0, 3, 1, 4)
+            normalize(tiles, self.image_mean, self.image_std, out=out)
+        return views.numpy()
 
-    def _draw_raster(self, image: Image.Image, layout: Layout) -> np.ndarray:
-        raster = _place(image, layout.raster, layout.raster_content, self.resample)
-        out = np.empty((3, *layout.raster), np.float32)
-        return _normalize(raster.transpose(2, 0, 1), self.high_res_image_mean, self.high_res_image_std, out=out)
+    def _draw_raster(self, resize: Callable[[int, int], Pixels], layout: Layout) -> np.ndarray:
+        return place_normalized(
+            resize, layout.raster, layout.raster_content, self.high_res_image_mean, self.high_res_image_std
+        ).numpy()
 
 
 def _three(values: Any, name: str, above: float = -math.inf) -> list[float]:
@@ -249,25 +251,6 @@ def flatten_images(images: Any) -> Iterator[Any]:
             yield from flatten_images(image)
     else:
         yield images
-
-
-def _place(image: Image.Image, size: tuple[int, int], content: Rect, resample: int) -> np.ndarray:
-    """The picture resized once into the content rectangle; the rest is black, as LLaVA-NeXT pads before normalising."""
-    pixels = np.asarray(image.resize((int(content.width), int(content.height)), resample))
-    if pixels.shape[:2] == size:
-        return pixels
-    canvas = np.zeros((*size, pixels.shape[2]), np.uint8)
-    canvas[int(content.y0) : int(content.y1), int(content.x0) : int(content.x1)] = pixels
-    return canvas
-
-
-def _normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float], out: np.ndarray) -> np.ndarray:
-    """(pixels / 255 - mean) / std from uint8 [..., 3, y, x], in one pass over a float32 `out` and one in place."""
-    scale = (1 / (255 * np.asarray(std))).astype(np.float32)[:, None, None]
-    shift = (np.asarray(mean) / np.asarray(std)).astype(np.float32)[:, None, None]
-    np.multiply(pixels, scale, out=out, dtype=np.float32)
-    out -= shift
-    return out
 
 
 def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -20,6 +20,7 @@ import io
 import os
 import warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote_to_bytes
@@ -64,20 +65,40 @@ class Picture:
     """A picture that has been read; every consumer takes it as it is, so that none reads it again.
 
     Attributes:
-        image: a decoded PIL image of mode "RGB", upright, without transparency.
+        drawn: the picture as it was read: a decoded PIL image of mode "RGB", upright, without transparency, or the
+            same as uint8 [height, width, 3] where an array was given.
         name: the picture's name in messages.
         notes: what a user should know, for example that further frames were left out.
     """
 
-    image: Image.Image
+    drawn: Image.Image | np.ndarray
     name: str
     notes: tuple[str, ...] = ()
     _layout: Layout | None = field(default=None, init=False, repr=False, compare=False)
 
+    @cached_property
+    def image(self) -> Image.Image:
+        """The picture as a PIL image."""
+        if isinstance(self.drawn, Image.Image):
+            return self.drawn
+        return Image.fromarray(np.ascontiguousarray(self.drawn))
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The picture as uint8 [height, width, 3], to be read only."""
+        return np.array(self.drawn) if isinstance(self.drawn, Image.Image) else self.drawn
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, image pixels."""
+        if isinstance(self.drawn, Image.Image):
+            return self.drawn.height, self.drawn.width
+        return self.drawn.shape[0], self.drawn.shape[1]
+
     def layout(self, geometry: Geometry) -> Layout:
         """The picture's layout under `geometry`, computed once."""
         if self._layout is None or self._layout.geometry != geometry:
-            self._layout = geometry.layout(self.image.height, self.image.width)
+            self._layout = geometry.layout(*self.size)
         return self._layout
 
 
@@ -115,11 +136,14 @@ def read_picture(
         (6, 4)
     """
     if isinstance(source, Picture):
-        check_size(source.image.height, source.image.width, max_side, source.name)
+        check_size(*source.size, max_side, source.name)
         return source
     if isinstance(source, (np.ndarray, torch.Tensor)):
         name = name or f"{type(source).__name__} of shape {tuple(source.shape)}"
-        return Picture(to_rgb(_from_array(source, input_data_format, max_side, name), Samples(), name), name)
+        array = _from_array(source, input_data_format, max_side, name)
+        if array.ndim == 3 and array.shape[2] == 3:
+            return Picture(array, name)
+        return Picture(to_rgb(Image.fromarray(np.ascontiguousarray(array)), Samples(), name), name)
     if isinstance(source, Image.Image):
         name = name or f"PIL image of mode {source.mode}"
         check_size(source.height, source.width, max_side, name)
@@ -268,7 +292,8 @@ def _has_more_frames(image: Image.Image) -> bool:
         return True  # something follows that cannot be read
 
 
-def _from_array(array: np.ndarray | torch.Tensor, order: str | None, max_side: int, name: str) -> Image.Image:
+def _from_array(array: np.ndarray | torch.Tensor, order: str | None, max_side: int, name: str) -> np.ndarray:
+    """uint8 [height, width], or with 2 to 4 channels behind; no copy of what is that already."""
     if isinstance(array, torch.Tensor):
         if array.layout != torch.strided or array.is_meta or array.is_quantized or array.is_complex():
             raise ImageError(
@@ -286,7 +311,7 @@ def _from_array(array: np.ndarray | torch.Tensor, order: str | None, max_side: i
             raise ImageError(f"{name}: expected 1 to 4 channels in order {order}, got {array.shape[2]}")
         array = array[..., 0] if array.shape[2] == 1 else array
     check_size(array.shape[0], array.shape[1], max_side, name)
-    return Image.fromarray(np.ascontiguousarray(scaled(array, name)))
+    return scaled(array, name)
 
 
 def _channel_order(shape: tuple[int, ...], order: str | None, name: str) -> str:

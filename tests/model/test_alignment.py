@@ -7,6 +7,7 @@ coordinate of a rendered pixel back from the processor's output and compares it 
 centre of each ViT patch, and at the point of the raster that the patch's box names.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,10 @@ from PIL import Image
 
 from fila.configuration import preset
 from fila.geometry import LLAVA_NEXT_CANVASES, Geometry, Layout, Rect, fit
-from fila.image_processing import FilaImageProcessor, _normalize, _place
+from fila.image_processing import FilaImageProcessor
+from fila.resampling import Pixels, place_normalized
+
+Resize = Callable[[int, int], Pixels]
 
 AMPLITUDE = 110  # room for the overshoot of a bicubic filter
 PRECISION = 0.15  # of a coordinate read back, in pixels of the frame it is read in
@@ -221,8 +225,8 @@ def shift_one_tile(monkeypatch: pytest.MonkeyPatch, axis: int) -> None:
 def swap_two_tiles(monkeypatch: pytest.MonkeyPatch, axis: int) -> None:
     draw = FilaImageProcessor._draw_views
 
-    def swapped(self: FilaImageProcessor, image: Image.Image, layout: Layout) -> np.ndarray:
-        views = draw(self, image, layout)
+    def swapped(self: FilaImageProcessor, resize: Resize, layout: Layout) -> np.ndarray:
+        views = draw(self, resize, layout)
         views[[1, 2]] = views[[2, 1]]
         return views
 
@@ -230,11 +234,9 @@ def swap_two_tiles(monkeypatch: pytest.MonkeyPatch, axis: int) -> None:
 
 
 def fit_the_raster_again(monkeypatch: pytest.MonkeyPatch, axis: int) -> None:
-    def again(self: FilaImageProcessor, image: Image.Image, layout: Layout) -> np.ndarray:
-        content = fit(image.height, image.width, layout.raster)
-        pixels = _place(image, layout.raster, content, self.resample)
-        out = np.empty((3, *layout.raster), np.float32)
-        return _normalize(pixels.transpose(2, 0, 1), self.image_mean, self.image_std, out)
+    def again(self: FilaImageProcessor, resize: Resize, layout: Layout) -> np.ndarray:
+        content = fit(layout.height, layout.width, layout.raster)
+        return place_normalized(resize, layout.raster, content, self.image_mean, self.image_std).numpy()
 
     monkeypatch.setattr(FilaImageProcessor, "_draw_raster", again)
 
