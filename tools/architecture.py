@@ -37,6 +37,7 @@ LAYERS = {
         ("encoder", "vision"),
         ("inputs", "processing fusion"),
         ("", "image_processing"),
+        ("", "resampling"),
         ("settings", "configuration images"),
         ("", "image_samples"),
         ("", "image_files"),
