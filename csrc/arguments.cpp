@@ -33,7 +33,7 @@ int64_t square_root(int64_t number) {
   return root;
 }
 
-void check_parameter(const char* op, const char* name, const Tensor& tensor, const Tensor& tokens,
+void check_parameter(const char* op, const char* name, const Tensor& tensor, const Tensor& features,
                      std::vector<int64_t> shape, const char* letters) {
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   std::string expected = "[";
@@ -42,17 +42,25 @@ void check_parameter(const char* op, const char* name, const Tensor& tensor, con
     expected += (axis == 0 ? "" : ", ") + std::to_string(shape[axis]);
   }
   require(same, op, "expected ", name, " of shape ", letters, " = ", expected, "], got ", tensor);
-  check_device(op, name, tensor, tokens);
-  require(tensor.scalar_type() == tokens.scalar_type(), op, "expected ", name, " of dtype ",
-          toString(tokens.scalar_type()), " (as tokens), got ", toString(tensor.scalar_type()));
+  check_device(op, name, tensor, features);
+  require(tensor.scalar_type() == features.scalar_type(), op, "expected ", name, " of dtype ",
+          toString(features.scalar_type()), " (as features), got ", toString(tensor.scalar_type()));
 }
 
-void check_saved(const char* op, const char* name, const std::optional<Tensor>& saved, const Tensor& tokens,
+// Under autocast tokens and their gradient stay in float32 while the rest is in 16 bits.
+void check_residual(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like) {
+  const ScalarType got = tensor.scalar_type(), rest = like.scalar_type();
+  const bool low = rest == ScalarType::BFloat16 || rest == ScalarType::Half;
+  require(got == rest || (low && got == ScalarType::Float), op, "expected ", name, " of dtype ", toString(rest),
+          low ? " or float32 (" : " (", "as ", like_name, "), got ", toString(got));
+}
+
+void check_saved(const char* op, const char* name, const std::optional<Tensor>& saved, const Tensor& features,
                  int64_t rows, int64_t width) {
   if (!saved.has_value()) {
     return;
   }
-  check_parameter(op, name, *saved, tokens, {rows, width}, "[T * N, width]");
+  check_parameter(op, name, *saved, features, {rows, width}, "[T * N, width]");
   require(saved->is_contiguous(), op, "expected a contiguous ", name);
 }
 
@@ -126,8 +134,6 @@ void check_rows(const char* op, const char* name, const Tensor& tensor, const Te
   require(tensor.dim() == 2 && tensor.size(0) == grad.size(0) && tensor.size(1) == grad.size(1), op, "expected ", name,
           " of shape ", grad, " (as grad), got ", tensor);
   check_device(op, name, tensor, grad);
-  require(tensor.scalar_type() == grad.scalar_type(), op, "expected ", name, " of dtype ", toString(grad.scalar_type()),
-          " (as grad), got ", toString(tensor.scalar_type()));
   require(tensor.size(1) <= 1 || tensor.stride(1) == 1, op, "expected ", name, " with a last stride of 1, got ",
           tensor.stride(1));
 }
@@ -141,11 +147,15 @@ void check_gate(const char* op, const Tensor& grad, const Tensor& branch, const 
   check_rows(op, "grad", grad, grad);
   check_rows(op, "branch", branch, grad);
   check_rows(op, "out", out, grad);
+  check_kind(op, "branch", branch, device);
+  check_residual(op, "grad", grad, "branch", branch);
+  require(out.scalar_type() == branch.scalar_type(), op, "expected out of dtype ", toString(branch.scalar_type()),
+          " (as branch), got ", toString(out.scalar_type()));
   require(out.is_contiguous(), op, "expected a contiguous out");
   require(alpha.dim() == 1 && alpha.size(0) == 1, op, "expected alpha of shape [1], got ", alpha);
   check_device(op, "alpha", alpha, grad);
-  require(alpha.scalar_type() == grad.scalar_type(), op, "expected alpha of dtype ", toString(grad.scalar_type()),
-          " (as grad), got ", toString(alpha.scalar_type()));
+  require(alpha.scalar_type() == branch.scalar_type(), op, "expected alpha of dtype ", toString(branch.scalar_type()),
+          " (as branch), got ", toString(alpha.scalar_type()));
   require_apart(op, "out", out, "grad", grad);
   require_apart(op, "out", out, "branch", branch);
   require_apart(op, "out", out, "alpha", alpha);
@@ -186,8 +196,7 @@ ForwardSizes check_forward(const char* op, const ForwardArguments& a, Device dev
   check_map(op, "features", a.features, "[B, h, w, C]", device);
   require(a.tokens.dim() == 3, op, "expected tokens of shape [T, P + N, D], got ", a.tokens);
   check_device(op, "tokens", a.tokens, a.features);
-  require(a.tokens.scalar_type() == a.features.scalar_type(), op, "expected features of dtype ",
-          toString(a.tokens.scalar_type()), " (as tokens), got ", toString(a.features.scalar_type()));
+  check_residual(op, "tokens", a.tokens, "features", a.features);
   // Within these bounds neither the difference nor the square of a root can overflow.
   const int64_t prefix = a.num_prefix_tokens, length = a.tokens.size(1);
   const bool bounded = prefix >= 0 && prefix < length && length - prefix <= kMaxSide * kMaxSide;
@@ -203,15 +212,15 @@ ForwardSizes check_forward(const char* op, const ForwardArguments& a, Device dev
   require(a.boxes.dim() != 2 || a.boxes.size(0) == geometry.tiles, op, "expected boxes of shape [", geometry.tiles,
           ", 4] (as tokens), got ", a.boxes);
   check_boxes(op, a.boxes, a.image_index, geometry, a.features);
-  check_parameter(op, "fc1_weight", a.fc1_weight, a.tokens, {hidden, width + channels}, "[H, D + C]");
-  check_parameter(op, "fc1_bias", a.fc1_bias, a.tokens, {hidden}, "[H]");
-  check_parameter(op, "fc2_weight", a.fc2_weight, a.tokens, {width, hidden}, "[D, H]");
-  check_parameter(op, "fc2_bias", a.fc2_bias, a.tokens, {width}, "[D]");
-  check_parameter(op, "alpha", a.alpha, a.tokens, {1}, "[1]");
+  check_parameter(op, "fc1_weight", a.fc1_weight, a.features, {hidden, width + channels}, "[H, D + C]");
+  check_parameter(op, "fc1_bias", a.fc1_bias, a.features, {hidden}, "[H]");
+  check_parameter(op, "fc2_weight", a.fc2_weight, a.features, {width, hidden}, "[D, H]");
+  check_parameter(op, "fc2_bias", a.fc2_bias, a.features, {width}, "[D]");
+  check_parameter(op, "alpha", a.alpha, a.features, {1}, "[1]");
   const int64_t rows = checked_product(op, "tokens", {geometry.tiles, patches});
   checked_product(op, "a hidden activation", {rows, std::max(hidden, width + channels)});
-  check_saved(op, "hidden", a.hidden, a.tokens, rows, hidden);
-  check_saved(op, "branch", a.branch, a.tokens, rows, width);
+  check_saved(op, "hidden", a.hidden, a.features, rows, hidden);
+  check_saved(op, "branch", a.branch, a.features, rows, width);
   check_apart(op, a);
   return {prefix, grid, patches, width, hidden, channels, geometry};
 }

@@ -5,8 +5,9 @@ A result is right if it is about as exact as eager PyTorch in the same dtype, ju
     max |found - exact| <= 2 (max |eager - exact| + eps max |exact|)
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +20,17 @@ from fila_kernels.call import grid_side
 
 PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "alpha")
 DIFFERENTIABLE = ("tokens", "features", *PARAMETERS)
+ARGUMENTS = ("tokens", "features", "boxes", "image_index", *PARAMETERS)
+LAYOUTS = ("dense", "channels_first", "sliced", "expanded")
+# What is frozen, and the gradients that are left.
+FROZEN = {
+    "nothing": DIFFERENTIABLE,
+    "inputs": PARAMETERS,
+    "parameters": ("tokens", "features"),
+    "all but features": ("features",),
+    "all but fc1_weight": ("fc1_weight",),
+    "all but fc2_bias and alpha": ("fc2_bias", "alpha"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Case:
     height: int = 10
     width: int = 12
     boxes: str = "fractional"  # whole, fractional, overlapping, border, small, identity
-    layout: str = "dense"  # dense, permuted, sliced
+    layout: str = "dense"  # of tokens, maps and weights: dense, permuted, channels_first, sliced, expanded
     alpha: float = 0.7
     scale: float = 1.0
 
@@ -77,6 +89,12 @@ class Case:
         if self.layout == "permuted":
             tokens = tokens.transpose(0, 1).contiguous().transpose(0, 1)
             features = maps.to(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        elif self.layout == "channels_first":  # maps as a convolution leaves them
+            features = maps.permute(0, 2, 3, 1)
+        elif self.layout == "expanded":  # one tile's tokens for all, one line of cells for all maps
+            tokens = tokens[:1].expand(tokens.shape)
+            features = maps[:1, :, :1].expand(maps.shape).permute(0, 2, 3, 1)
+            features = features.contiguous()[:1, :1].expand(features.shape)
         elif self.layout == "sliced":
             wide = tokens.new_full((self.tiles, length + 3, self.token_width + 5), float("nan"))
             wide[:, 2:-1, 3:-2] = tokens
@@ -86,18 +104,32 @@ class Case:
             features = larger[:, 1:-2, :-2]
         else:
             features = maps.permute(0, 2, 3, 1).contiguous()
-        return {
-            "tokens": tokens,
-            "features": features,
-            "boxes": self.make_boxes(generator),
-            "image_index": torch.randint(0, max(self.images, 1), (self.tiles,), generator=generator),
-            # Large inputs meet small weights: a GELU of 1e4 is a step, whose slope no dtype but float64 can place.
-            "fc1_weight": normal(self.hidden_width, joint, scale=joint**-0.5 / max(1.0, self.scale)),
-            "fc1_bias": normal(self.hidden_width),
-            "fc2_weight": normal(self.token_width, self.hidden_width, scale=self.hidden_width**-0.5),
-            "fc2_bias": normal(self.token_width),
-            "alpha": torch.tensor([self.alpha], dtype=dtype),
-        }
+        boxes = self.make_boxes(generator)
+        image_index = torch.randint(0, max(self.images, 1), (self.tiles,), generator=generator)
+        # Large inputs meet small weights: a GELU of 1e4 is a step, whose slope no dtype but float64 can place.
+        weight, bias = (
+            normal(self.hidden_width, joint, scale=joint**-0.5 / max(1.0, self.scale)),
+            normal(self.hidden_width),
+        )
+        fc1 = self._laid_out(weight, bias)
+        weight, bias = (
+            normal(self.token_width, self.hidden_width, scale=self.hidden_width**-0.5),
+            normal(self.token_width),
+        )
+        fc2 = self._laid_out(weight, bias)
+        alpha = torch.tensor([self.alpha], dtype=dtype)
+        return dict(zip(ARGUMENTS, (tokens, features, boxes, image_index, *fc1, *fc2, alpha), strict=True))
+
+    def _laid_out(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's parameters: transposed in memory, between others, or one bias for all."""
+        if self.layout == "channels_first":
+            return weight.t().contiguous().t(), bias
+        if self.layout == "sliced":
+            wide = weight.new_full((weight.shape[0] + 1, weight.shape[1] + 5), float("nan"))
+            wide[1:, 3:-2] = weight
+            apart = torch.stack([bias, torch.full_like(bias, float("nan"))], 1)
+            return wide[1:, 3:-2], apart[:, 0]
+        return weight, bias[:1].expand(bias.shape) if self.layout == "expanded" else bias
 
 
 CASES = (
@@ -139,6 +171,42 @@ REAL = Case(
     "real", tiles=5, grid=24, token_width=1024, hidden_width=1024, feature_width=1536, images=1, height=24, width=24,
     boxes="whole", alpha=0.5,
 )  # fmt: skip
+
+
+def covering_pairs(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Few choices of one value per factor, among which every pair of values of any two factors occurs."""
+    names = list(factors)
+    missing = {
+        (one, a, other, b)
+        for one, other in itertools.combinations(names, 2)
+        for a, b in itertools.product(range(len(factors[one])), range(len(factors[other])))
+    }
+
+    def pairs(chosen: Mapping[str, int]) -> set[tuple[str, int, str, int]]:
+        given = [name for name in names if name in chosen]
+        return {(one, chosen[one], other, chosen[other]) for one, other in itertools.combinations(given, 2)}
+
+    found = []
+    while missing:
+        one, a, other, b = min(missing)
+        chosen = {one: a, other: b}
+        for name in names:
+            if name not in chosen:
+                gains = [len(pairs(chosen | {name: value}) & missing) for value in range(len(factors[name]))]
+                chosen[name] = gains.index(max(gains))
+        missing -= pairs(chosen)
+        found.append({name: factors[name][chosen[name]] for name in names})
+    return found
+
+
+def refill(view: Tensor, values: Tensor) -> Tensor:
+    """`view` with `values`, both of one shape; where the view names an element more than once, so do the values."""
+    target = view
+    for axis, stride in enumerate(view.stride()):
+        if stride == 0 and view.shape[axis] > 1:
+            target, values = target.narrow(axis, 0, 1), values.narrow(axis, 0, 1)
+    target.copy_(values)
+    return view
 
 
 def ids(case: Case) -> str:

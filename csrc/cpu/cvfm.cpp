@@ -14,6 +14,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -44,9 +45,9 @@ struct Call {
   bool projected;
 };
 
-// out = x + tanh(alpha m), or x + factor m, rounded once.
-template <typename Scalar, bool product>
-FILA_INLINE void gate_loop(const Scalar* x, const Scalar* m, accumulate_t<Scalar> factor, Scalar* out, int64_t width) {
+// out = x + tanh(alpha m), or x + factor m, rounded once, in the tokens' own type.
+template <typename Token, typename Scalar, bool product>
+FILA_INLINE void gate_loop(const Token* x, const Scalar* m, accumulate_t<Scalar> factor, Token* out, int64_t width) {
   using Real = accumulate_t<Scalar>;
   for (int64_t i = 0; i < width; ++i) {
     const Real inner = factor * widen(m[i]);
@@ -56,17 +57,26 @@ FILA_INLINE void gate_loop(const Scalar* x, const Scalar* m, accumulate_t<Scalar
 
 FILA_VECTOR_CLONES void gate_row(const float* x, const float* m, float factor, bool product, float* out,
                                  int64_t width) {
-  product ? gate_loop<float, true>(x, m, factor, out, width) : gate_loop<float, false>(x, m, factor, out, width);
+  product ? gate_loop<float, float, true>(x, m, factor, out, width)
+          : gate_loop<float, float, false>(x, m, factor, out, width);
+}
+
+FILA_VECTOR_CLONES void gate_row(const float* x, const BFloat16* m, float factor, bool product, float* out,
+                                 int64_t width) {
+  product ? gate_loop<float, BFloat16, true>(x, m, factor, out, width)
+          : gate_loop<float, BFloat16, false>(x, m, factor, out, width);
 }
 
 FILA_VECTOR_CLONES void gate_row(const BFloat16* x, const BFloat16* m, float factor, bool product, BFloat16* out,
                                  int64_t width) {
-  product ? gate_loop<BFloat16, true>(x, m, factor, out, width) : gate_loop<BFloat16, false>(x, m, factor, out, width);
+  product ? gate_loop<BFloat16, BFloat16, true>(x, m, factor, out, width)
+          : gate_loop<BFloat16, BFloat16, false>(x, m, factor, out, width);
 }
 
 FILA_VECTOR_CLONES void gate_row(const double* x, const double* m, double factor, bool product, double* out,
                                  int64_t width) {
-  product ? gate_loop<double, true>(x, m, factor, out, width) : gate_loop<double, false>(x, m, factor, out, width);
+  product ? gate_loop<double, double, true>(x, m, factor, out, width)
+          : gate_loop<double, double, false>(x, m, factor, out, width);
 }
 
 template <typename Scalar>
@@ -106,8 +116,20 @@ std::vector<std::pair<int64_t, int64_t>> make_blocks(const Call& call, int64_t e
   return blocks;
 }
 
-// fc1 before its activation, or with it, for blocks of lines.
+// Tokens as the products read them.
 template <typename Scalar>
+FILA_INLINE void copy_row(const Scalar* x, Scalar* out, int64_t width) {
+  std::memcpy(out, x, width * sizeof(Scalar));
+}
+
+FILA_VECTOR_CLONES void copy_row(const float* x, BFloat16* out, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) {
+    store(x[i], out + i);
+  }
+}
+
+// fc1 before its activation, or with it, for blocks of lines.
+template <typename Token, typename Scalar>
 class FirstLayer {
  public:
   FirstLayer(const Call& call, const Tensor& features, const Taps& taps, int64_t most_rows)
@@ -124,7 +146,7 @@ class FirstLayer {
       map_ = torch::stable::view(projection, {g.images, g.height, g.width, s.hidden});
     }
     const int64_t columns = call.projected ? s.width : s.width + s.channels;
-    joint_ = torch::stable::new_empty(call.tokens, {most_rows, columns});
+    joint_ = torch::stable::new_empty(call.fc1_weight, {most_rows, columns});
   }
 
   // [X ; S] of lines [first, last).
@@ -150,14 +172,14 @@ class FirstLayer {
     const int64_t rows = (last - first) * s.grid;
     Scalar* target = mutable_data_of<Scalar>(out);
     const MapView<Scalar> map = view_map<Scalar>(map_);
-    const bool one_tile = first / s.grid == (last - 1) / s.grid;
+    const bool as_they_lie = std::is_same_v<Token, Scalar> && first / s.grid == (last - 1) / s.grid;
     torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
       gather_lines(map, taps_, s.grid, begin, end, target + (begin - first) * s.grid * s.hidden, s.hidden);
-      if (!one_tile) {
+      if (!as_they_lie) {
         copy_tokens(begin, end, mutable_data_of<Scalar>(joint_) + (begin - first) * s.grid * s.width, s.width);
       }
     });
-    if (one_tile) {
+    if (as_they_lie) {
       const Tensor tile = torch::stable::select(call_.tokens, 0, first / s.grid);
       linear_into(out, out, matrix_rows(tile, s.prefix + first % s.grid * s.grid, rows), weight_x_);
     } else {
@@ -168,10 +190,10 @@ class FirstLayer {
  private:
   void copy_tokens(int64_t first, int64_t last, Scalar* out, int64_t out_stride) const {
     const ForwardSizes& s = call_.sizes;
-    const Scalar* tokens = data_of<Scalar>(call_.tokens);
+    const Token* tokens = data_of<Token>(call_.tokens);
     const int64_t stride_tile = call_.tokens.stride(0), stride_token = call_.tokens.stride(1);
     for (int64_t row = first * s.grid; row < last * s.grid; ++row, out += out_stride) {
-      std::memcpy(out, token_row(tokens, stride_tile, stride_token, s, row), s.width * sizeof(Scalar));
+      copy_row(token_row(tokens, stride_tile, stride_token, s, row), out, s.width);
     }
   }
 
@@ -186,7 +208,7 @@ void copy_rows(const Tensor& from, const Tensor& to) {
   torch::stable::copy_(target, from);
 }
 
-template <typename Scalar>
+template <typename Token, typename Scalar>
 void run(const Call& call, const Tensor& features, const Taps& taps, const Tensor& out, const Tensor* hidden,
          const Tensor* branch) {
   using Real = accumulate_t<Scalar>;
@@ -194,8 +216,8 @@ void run(const Call& call, const Tensor& features, const Taps& taps, const Tenso
   const Geometry& g = call.sizes.geometry;
   const bool closed = call.alpha == 0.0;
   const int64_t stride_tile = call.tokens.stride(0), stride_token = call.tokens.stride(1);
-  const Scalar* tokens = data_of<Scalar>(call.tokens);
-  Scalar* target = mutable_data_of<Scalar>(out);
+  const Token* tokens = data_of<Token>(call.tokens);
+  Token* target = mutable_data_of<Token>(out);
   const int64_t length = s.prefix + s.patches;
 
   // Tokens that pass through: the prefix, or under a closed gate all of them.
@@ -204,7 +226,7 @@ void run(const Call& call, const Tensor& features, const Taps& taps, const Tenso
     for (int64_t tile = begin; tile < end; ++tile) {
       for (int64_t token = 0; token < passing; ++token) {
         std::memcpy(target + (tile * length + token) * s.width, tokens + tile * stride_tile + token * stride_token,
-                    s.width * sizeof(Scalar));
+                    s.width * sizeof(Token));
       }
     }
   });
@@ -217,9 +239,9 @@ void run(const Call& call, const Tensor& features, const Taps& taps, const Tenso
   for (const auto& [first, last] : blocks) {
     most_rows = std::max(most_rows, (last - first) * s.grid);
   }
-  FirstLayer<Scalar> first_layer(call, features, taps, most_rows);
-  const Tensor activated = torch::stable::new_empty(call.tokens, {most_rows, s.hidden});
-  const Tensor scratch = torch::stable::new_empty(call.tokens, {most_rows, s.width});
+  FirstLayer<Token, Scalar> first_layer(call, features, taps, most_rows);
+  const Tensor activated = torch::stable::new_empty(call.fc1_weight, {most_rows, s.hidden});
+  const Tensor scratch = torch::stable::new_empty(call.fc1_weight, {most_rows, s.width});
   // The same products whether or not Z and M are kept, so that training and inference give the same bits. GELU is a
   // pass of its own for the same reason: fused into the product it would see what is not rounded to Z.
   const bool by_onednn = !call.projected && has_linear(activated, call.fc1_weight);
@@ -295,15 +317,19 @@ Tensor cvfm_forward(Tensor tokens, Tensor features, Tensor boxes, Tensor image_i
                   scalar_of(alpha), gate == "product", plan == "project_first"};
   const Tensor* hidden_rows = hidden.has_value() ? &*hidden : nullptr;
   const Tensor* branch_rows = branch.has_value() ? &*branch : nullptr;
-  switch (tokens.scalar_type()) {
+  switch (features.scalar_type()) {
     case ScalarType::Float:
-      run<float>(call, features, taps, out, hidden_rows, branch_rows);
+      run<float, float>(call, features, taps, out, hidden_rows, branch_rows);
       break;
     case ScalarType::BFloat16:
-      run<BFloat16>(call, features, taps, out, hidden_rows, branch_rows);
+      if (tokens.scalar_type() == ScalarType::Float) {
+        run<float, BFloat16>(call, features, taps, out, hidden_rows, branch_rows);
+      } else {
+        run<BFloat16, BFloat16>(call, features, taps, out, hidden_rows, branch_rows);
+      }
       break;
     default:
-      run<double>(call, features, taps, out, hidden_rows, branch_rows);
+      run<double, double>(call, features, taps, out, hidden_rows, branch_rows);
   }
   return out;
 }

@@ -24,8 +24,8 @@ constexpr int64_t kLanes = 64;  // partial sums side by side, which is what lets
 
 // out = alpha (1 - tanh^2(alpha m)) grad of one row, and the row's sum of (1 - tanh^2) grad m. An infinite m has
 // saturated the gate and adds nothing to alpha's gradient; a NaN stays one.
-template <typename Scalar>
-FILA_INLINE double slope_loop(const Scalar* grad, const Scalar* m, accumulate_t<Scalar> alpha, Scalar* out,
+template <typename Token, typename Scalar>
+FILA_INLINE double slope_loop(const Token* grad, const Scalar* m, accumulate_t<Scalar> alpha, Scalar* out,
                               int64_t width) {
   using Real = accumulate_t<Scalar>;
   constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
@@ -57,6 +57,10 @@ FILA_VECTOR_CLONES double slope_row(const float* grad, const float* m, float alp
   return slope_loop(grad, m, alpha, out, width);
 }
 
+FILA_VECTOR_CLONES double slope_row(const float* grad, const BFloat16* m, float alpha, BFloat16* out, int64_t width) {
+  return slope_loop(grad, m, alpha, out, width);
+}
+
 FILA_VECTOR_CLONES double slope_row(const BFloat16* grad, const BFloat16* m, float alpha, BFloat16* out,
                                     int64_t width) {
   return slope_loop(grad, m, alpha, out, width);
@@ -66,9 +70,9 @@ FILA_VECTOR_CLONES double slope_row(const double* grad, const double* m, double 
   return slope_loop(grad, m, alpha, out, width);
 }
 
-template <typename Scalar>
+template <typename Token, typename Scalar>
 double run(const Tensor& grad, const Tensor& branch, const Tensor& alpha, const Tensor& out) {
-  const Scalar* grad_data = static_cast<const Scalar*>(grad.const_data_ptr());
+  const Token* grad_data = static_cast<const Token*>(grad.const_data_ptr());
   const Scalar* m_data = static_cast<const Scalar*>(branch.const_data_ptr());
   Scalar* target = static_cast<Scalar*>(out.mutable_data_ptr());
   const auto factor = widen(*static_cast<const Scalar*>(alpha.const_data_ptr()));
@@ -93,15 +97,16 @@ Tensor gate_backward(Tensor grad, Tensor branch, Tensor alpha, Tensor out) {
   check_gate(kOp, grad, branch, alpha, out, Device::kCpu);
   const Tensor total = torch::stable::new_empty(alpha, {1}, ScalarType::Double);
   double* sum = static_cast<double*>(total.mutable_data_ptr());
-  switch (grad.scalar_type()) {
+  switch (branch.scalar_type()) {
     case ScalarType::Float:
-      *sum = run<float>(grad, branch, alpha, out);
+      *sum = run<float, float>(grad, branch, alpha, out);
       break;
     case ScalarType::BFloat16:
-      *sum = run<BFloat16>(grad, branch, alpha, out);
+      *sum = grad.scalar_type() == ScalarType::Float ? run<float, BFloat16>(grad, branch, alpha, out)
+                                                     : run<BFloat16, BFloat16>(grad, branch, alpha, out);
       break;
     default:
-      *sum = run<double>(grad, branch, alpha, out);
+      *sum = run<double, double>(grad, branch, alpha, out);
   }
   return total;
 }

@@ -192,7 +192,8 @@ void run(const ForwardArguments& a, const ForwardSizes& s, const Tensor& out, El
 
 Tensor forward(const ForwardArguments& a) {
   const ForwardSizes s = check_forward(kOp, a, Device::kCuda, {"sample_first", "project_first", "single_pass"});
-  const ScalarType dtype = a.tokens.scalar_type();
+  const ScalarType dtype = a.features.scalar_type();
+  require(a.tokens.scalar_type() == dtype, kOp, "expected tokens in the dtype of features on a GPU");
   require(dtype != ScalarType::Float, kOp,
           "expected tokens of dtype bfloat16 or float16, got float32, whose products on a GPU are torch's: "
           "fila_kernels.cvfm composes them");

@@ -34,6 +34,8 @@ void run(const Tensor& grad, const Tensor& branch, const Tensor& alpha, const Te
 
 Tensor gate_backward(Tensor grad, Tensor branch, Tensor alpha, Tensor out) {
   check_gate("fila::gate_backward", grad, branch, alpha, out, Device::kCuda);
+  require(grad.scalar_type() == branch.scalar_type(), "fila::gate_backward",
+          "expected grad in the dtype of branch on a GPU");
   const DeviceGuard guard(grad.get_device_index());
   const Tensor total = torch::stable::new_empty(alpha, {1}, ScalarType::Double);
   const Tensor workspace = torch::stable::new_empty(alpha, {kGateBlocks}, ScalarType::Double);

@@ -4,12 +4,27 @@ The definition runs in float64 on the CPU, so that a driver's fault cannot make 
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from fila_kernels import cvfm, reference
-from fila_kernels.testing import DIFFERENTIABLE, Case, alpha_terms, assert_close, gradients, in_double, options
+from fila_kernels import cvfm, planner, reference
+from fila_kernels.call import Plan
+from fila_kernels.testing import (
+    DIFFERENTIABLE,
+    FROZEN,
+    LAYOUTS,
+    Case,
+    alpha_terms,
+    assert_close,
+    gradients,
+    in_double,
+    options,
+    refill,
+)
 
 Inputs = Mapping[str, Tensor]
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -41,7 +56,7 @@ def placed(tensor: Tensor, device: str) -> Tensor:
     offset = tensor.storage_offset()
     size = 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
     storage = torch.full((offset + size + ROOM,), float("nan"), dtype=tensor.dtype, device=device)
-    return storage.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
+    return refill(storage.as_strided(tensor.shape, tensor.stride(), offset), tensor)
 
 
 def on_device(inputs: Inputs, device: str) -> dict[str, Tensor]:
@@ -63,17 +78,80 @@ def check(
     device: str = "cuda",
     change: Change = unchanged,
     function: Callable[..., Tensor] = cvfm,
+    autocast: bool = False,
     **settings,
 ) -> None:
-    """The result and every wanted gradient within the bound."""
+    """The result and every wanted gradient within the bound; with `autocast` the tokens stay in float32."""
     inputs = change(case.inputs(dtype))
+    if autocast:
+        inputs["tokens"] = case.inputs(torch.float32)["tokens"]
     wide, grad = in_double(inputs), gradient_for(inputs)
     common = options(case) | {"gate": gate}
     exact_out, exact = gradients(reference.cvfm, wide, grad, wanted, **common)
     there, grad_there = on_device(inputs, device), grad.to(device)
-    eager_out, eager = gradients(reference.cvfm, there, grad_there, wanted, **common)
-    out, found = gradients(function, there, grad_there, wanted, backend=backend, **common, **settings)
+    with torch.autocast(torch.device(device).type, dtype if autocast else None, enabled=autocast):
+        eager_out, eager = gradients(reference.cvfm, there, grad_there, wanted, **common)
+        out, found = gradients(function, there, grad_there, wanted, backend=backend, **common, **settings)
     assert_close("out", out.cpu(), exact_out, eager_out.cpu())
     for name in wanted:
         largest = alpha_terms(wide, grad, gate, case.prefix) if name == "alpha" else None
         assert_close(name, found[name].cpu(), exact[name], eager[name].cpu(), largest)
+
+
+# Tokens, hidden activation and features: every row at a multiple of 16 bytes; none; D not while D + C is; one column.
+WIDTHS = {"whole": (16, 24, 32), "odd": (7, 13, 5), "joint": (10, 16, 14), "one": (1, 5, 1), "one and odd": (1, 8, 15)}
+# Of all directions, or of the forward pass, the weights' and the features' gradient.
+PLANS = (
+    None, "sample_first", "project_first", "single_pass", ("sample_first", "project_first", "sample_first"),
+    ("project_first", "sample_first", "project_first"),
+)  # fmt: skip
+
+
+def matrix(dtypes: Mapping[str, torch.dtype], plans=PLANS) -> dict[str, tuple[Any, ...]]:
+    """The factors of layouts and what is computed of them; a name of `dtypes` that is "autocast" has float32 tokens."""
+    return {
+        "frozen": tuple(FROZEN), "layout": LAYOUTS, "plan": plans, "widths": tuple(WIDTHS),
+        "dtype": tuple(dtypes.items()), "images": (1, 3), "tiles": (3, 1), "gate": ("product", "scale"),
+        "prefix": (1, 0, 2), "alpha": (0.7, 0.0),
+    }  # fmt: skip
+
+
+def cell_id(cell: Mapping[str, Any]) -> str:
+    """A choice in words, for pytest."""
+    return "-".join("/".join(value[:1] if name == "dtype" else value) if isinstance(value, tuple) else str(value)
+                    for name, value in cell.items())  # fmt: skip
+
+
+def one_image_or_several(dtype: tuple[str, torch.dtype]) -> list[dict[str, Any]]:
+    """All layouts by one image and several, everything wanted: what pairs alone need not hold."""
+    rest = {
+        "frozen": "nothing",
+        "widths": "whole",
+        "dtype": dtype,
+        "tiles": 2,
+        "gate": "product",
+        "prefix": 1,
+        "alpha": 0.7,
+    }
+    return [rest | {"layout": layout, "images": images, "plan": "project_first"}
+            for layout in LAYOUTS for images in (1, 3)]  # fmt: skip
+
+
+def check_cell(cell: Mapping[str, Any], backend: str, device: str = "cpu", grid: int = 2) -> None:
+    """One choice of `matrix`."""
+    token_width, hidden_width, feature_width = WIDTHS[cell["widths"]]
+    name, dtype = cell["dtype"]
+    case = Case(
+        "cell", tiles=cell["tiles"], prefix=cell["prefix"], grid=grid, token_width=token_width,
+        hidden_width=hidden_width, feature_width=feature_width, images=cell["images"], height=5, width=6,
+        boxes="overlapping", layout=cell["layout"], alpha=cell["alpha"],
+    )  # fmt: skip
+    plan, planned = cell["plan"], nullcontext()  # type: Any, AbstractContextManager
+    if isinstance(plan, tuple):
+        chosen, plan = Plan(*plan, {}, backend, backend), None
+        planned = mock.patch.object(planner, "choose", return_value=chosen)
+    with planned:
+        check(
+            case, backend, dtype, cell["gate"], FROZEN[cell["frozen"]], device=device, autocast=name == "autocast",
+            plan=plan,
+        )  # fmt: skip

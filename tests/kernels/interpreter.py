@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fila_kernels.testing import CASES, Case
+from fila_kernels.testing import CASES, Case, refill
 
 GUARD = 64  # elements on either side: more than any vector access, and a multiple of 16 bytes
 
@@ -35,7 +35,7 @@ def guarded(tensor: Tensor) -> Tensor:
     """A copy with the same strides whose storage has poison around and between its elements."""
     size = 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
     storage = torch.full((size + 2 * GUARD,), poison(tensor.dtype), dtype=tensor.dtype)
-    return storage.as_strided(tensor.shape, tensor.stride(), GUARD).copy_(tensor)
+    return refill(storage.as_strided(tensor.shape, tensor.stride(), GUARD), tensor)
 
 
 class Guards:

@@ -14,7 +14,7 @@ import torch
 from fila_kernels import reference
 from fila_kernels.backends import eager, native
 from fila_kernels.backends.native import library
-from fila_kernels.testing import assert_close, in_double
+from fila_kernels.testing import Case, assert_close, in_double
 
 LOADED, REASON = library.load()
 needs_library = pytest.mark.skipif(not LOADED, reason=f"native library {REASON}")
@@ -287,12 +287,13 @@ def cvfm_arguments(**change):
         ({"tokens": torch.zeros(1, 6, 6)}, "a square number of patch tokens, got .1, 6, 6. and 1"),
         ({"num_prefix_tokens": -4}, "num_prefix_tokens of 0 or more"),
         ({"tokens": torch.zeros(1, 6, 5).transpose(1, 2)}, "tokens with a last stride of 1, got 5"),
-        ({"tokens": torch.zeros(1, 5, 6).double()}, r"features of dtype Double .as tokens., got Float"),
+        ({"tokens": torch.zeros(1, 5, 6).double()}, "tokens of dtype Float .as features., got Double"),
         ({"boxes": torch.zeros(2, 4)}, r"boxes of shape \[1, 4\] .as tokens., got \[2, 4\]"),
         ({"fc1_weight": torch.zeros(7, 8)}, r"fc1_weight of shape \[H, D \+ C\] = \[7, 9\], got \[7, 8\]"),
         ({"fc1_bias": torch.zeros(6)}, r"fc1_bias of shape \[H\] = \[7\], got \[6\]"),
         ({"fc2_weight": torch.zeros(7, 6)}, r"fc2_weight of shape \[D, H\] = \[6, 7\], got \[7, 6\]"),
-        ({"fc2_bias": torch.zeros(6).double()}, "fc2_bias of dtype Float .as tokens., got Double"),
+        ({"fc2_bias": torch.zeros(6).double()}, "fc2_bias of dtype Float .as features., got Double"),
+        ({"tokens": torch.zeros(1, 5, 6).bfloat16()}, "tokens of dtype Float .as features., got BFloat16"),
         ({"alpha": torch.ones(())}, r"alpha of shape \[1\] = \[1\], got \[\]"),
         ({"hidden": torch.zeros(4, 6)}, r"hidden of shape .T \* N, width. = \[4, 7\], got \[4, 6\]"),
         ({"branch": torch.zeros(6, 4).t()}, "a contiguous branch"),
@@ -370,6 +371,35 @@ def test_fused_forward_keeps_what_the_backward_pass_needs_and_changes_no_bit(pla
 
 
 @needs_library
+@pytest.mark.parametrize("plan", ["sample_first", "project_first"])
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_float32_tokens_of_a_bfloat16_call_are_rounded_for_the_products_alone(plan, alpha):
+    case = Case("mixed", tiles=5, token_width=150, alpha=alpha)
+    arguments = case.inputs(torch.bfloat16) | {"num_prefix_tokens": 1, "gate": "product", "plan": plan}
+    wide = case.inputs(torch.float32)["tokens"]
+    low = torch.ops.fila.cvfm_forward(**arguments)
+    # What bfloat16 holds exactly, it only adds up without rounding; prefix tokens and a closed gate change nothing.
+    same = torch.ops.fila.cvfm_forward(**arguments | {"tokens": arguments["tokens"].float()})
+    assert same.dtype == torch.float32
+    assert torch.equal(same.bfloat16(), low)
+    out = torch.ops.fila.cvfm_forward(**arguments | {"tokens": wide})
+    passing = None if alpha == 0 else 1
+    assert torch.equal(out[:, :passing], wide[:, :passing])
+    torch.testing.assert_close(out - wide, same - arguments["tokens"].float(), rtol=0, atol=1e-6)
+
+
+@needs_library
+def test_gate_backward_reads_a_float32_gradient_of_a_bfloat16_call():
+    m, alpha = torch.randn(37, 150).bfloat16(), torch.tensor([0.7]).bfloat16()
+    grad, out = torch.randn(37, 150), torch.empty_like(m)
+    total = torch.ops.fila.gate_backward(grad, m, alpha, out)
+    exact = torch.empty(37, 150)
+    expected = torch.ops.fila.gate_backward(grad, m.float(), alpha.float(), exact)
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-6 * float((grad * m).norm()))
+    assert torch.equal(out, exact.bfloat16())
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 def test_gate_backward_is_the_derivative_of_the_gate(dtype, scale):
@@ -394,9 +424,10 @@ def test_gate_backward_is_the_derivative_of_the_gate(dtype, scale):
     ("change", "message"),
     [
         ({"grad": torch.zeros(4)}, r"grad of shape \[rows, D\], got \[4\]"),
+        ({"grad": torch.zeros(4, 3).bfloat16()}, "grad of dtype Float .as branch., got BFloat16"),
         ({"grad": torch.zeros(4, 3).half()}, "dtype float32, bfloat16 or float64, got Half"),
         ({"branch": torch.zeros(4, 2)}, r"branch of shape \[4, 3\] .as grad., got \[4, 2\]"),
-        ({"out": torch.zeros(4, 3).double()}, "out of dtype Float .as grad., got Double"),
+        ({"out": torch.zeros(4, 3).double()}, "out of dtype Float .as branch., got Double"),
         ({"out": torch.zeros(4, 6)[:, :3]}, "a contiguous out"),
         ({"branch": torch.zeros(3, 4).t()}, "branch with a last stride of 1, got 4"),
         ({"alpha": torch.zeros(2)}, r"alpha of shape \[1\], got \[2\]"),

@@ -34,7 +34,9 @@ def crop_resize_backward(grad: Tensor, boxes: Tensor, image_index: Tensor, maps:
 
 def gate_backward(call: Call, grad: Tensor, m: Tensor, out: Tensor, needs_alpha: bool) -> Tensor:
     """dM [rows, D] of the product gate into `out`, and these rows' part of alpha's gradient."""
-    return torch.ops.fila.gate_backward(dense_channels(grad.to(m.dtype)), m, call.alpha, out)
+    if grad.dtype != m.dtype:  # under autocast; the GPU's kernel reads one dtype
+        grad = grad.to(m.dtype if grad.is_cuda else torch.float32)
+    return torch.ops.fila.gate_backward(dense_channels(grad), m, call.alpha, out)
 
 
 def sampler(maps: Tensor, call: Call) -> Callable[[int, int], Tensor]:
@@ -51,10 +53,14 @@ STEPS = products.Steps(sampler, crop_resize_backward, gate_backward)
 
 
 def has_forward(call: Call) -> bool:
-    """Whether the forward operator takes this call: all on a CPU, else what its products take."""
-    if call.mixed:
+    """Whether the forward operator takes this call: all but odd tokens on a CPU, else what its products take.
+
+    Under autocast it adds the residual of float32 tokens on a CPU; on a GPU `products` does.
+    """
+    on_cpu = call.tokens.device.type == "cpu"
+    if call.mixed and (not on_cpu or call.tokens.dtype != torch.float32):
         return False
-    if call.tokens.device.type == "cpu" or call.plan.forward == "single_pass":  # which it takes or refuses itself
+    if on_cpu or call.plan.forward == "single_pass":  # which it takes or refuses itself
         return True
     shape = call.shape
     widths = (shape.token_width, shape.feature_width, shape.hidden_width)
