@@ -10,7 +10,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-transformers test-triton test-aot test-cuda test-sanitize test-fuzz lint format bench gpu train-nano clean
+.PHONY: help setup demo test test-fast test-transformers test-upstream test-triton test-aot test-cuda test-sanitize test-fuzz lint format bench gpu train-nano clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-fast: setup ## run the tests that take no more than some ten seconds each
 
 test-transformers: setup ## run the model's tests on the oldest supported transformers and the newest
 	$(RUN) tools/versions.py transformers $(ARGS)
+
+test-upstream: setup ## run transformers' own common tests over FILA and LLaVA-NeXT (ten minutes; downloads them once)
+	$(RUN) tools/upstream.py $(ARGS)
 
 test-triton: setup ## run the Triton kernels' tests on the oldest supported Triton and the newest, and time them
 	$(RUN) tools/versions.py triton $(ARGS)

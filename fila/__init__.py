@@ -4,7 +4,13 @@ Importing the package registers its classes with transformers' Auto classes, so 
 Auto classes take classes, not names, so the model's modules are imported here; commands, answers and loading are not.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 # Not from the top level: without torchvision, transformers 5.17 has a stand-in there that only raises.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -21,6 +27,7 @@ AutoConfig.register("fila_vision", FilaVisionConfig)
 AutoModel.register(FilaVisionConfig, FilaVisionModel)
 AutoModel.register(FilaConfig, FilaModel)
 AutoModelForImageTextToText.register(FilaConfig, FilaForConditionalGeneration)
+AutoModelForMultimodalLM.register(FilaConfig, FilaForConditionalGeneration)
 AutoImageProcessor.register(FilaConfig, slow_image_processor_class=FilaImageProcessor)
 AutoProcessor.register(FilaConfig, FilaProcessor)
 

@@ -175,6 +175,8 @@ class FilaConfig(OwnedFields):
     """
 
     model_type = "fila"
+    # What `Trainer` leaves out of predictions: neither is a prediction.
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
     attribute_map = {"image_token_id": "image_token_index"}
     sub_configs = {"text_config": AutoConfig, "vision_config": FilaVisionConfig}
 

@@ -1,11 +1,13 @@
 """Upstream's own test mixins, imported from the source distribution of the pinned transformers.
 
 The distribution carries the top-level files of upstream's `tests/` and none of its folders. What those files import
-from the folders is stubbed here: `generation/` and `exporters/` by empty mixins (`tests/model/test_generation.py`
-holds the generation contract), configuration values by none, and pictures on the hub by one drawn here.
+from the folders is stubbed here: `generation/` and `exporters/` by empty mixins (`tests/model/test_generation.py` and
+`tests/model/test_export.py` hold these contracts), configuration values by none, and pictures on the hub by one drawn
+here.
 `tools/upstream.py` unpacks the files and names their folder in `FILA_UPSTREAM`.
 """
 
+import importlib
 import os
 import sys
 import tempfile
@@ -53,4 +55,15 @@ def install() -> None:
             sys.modules[parent] = ModuleType(parent)
 
 
+def name_fila() -> None:
+    """Enters FILA where upstream's tests look up its own models' names, as registration does for the Auto classes."""
+    common = importlib.import_module(f"{PACKAGE}.test_modeling_common")
+    common.MODEL_MAPPING_NAMES = {**common.MODEL_MAPPING_NAMES, "fila": "FilaModel"}
+    common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES = {
+        **common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        "fila": "FilaForConditionalGeneration",
+    }
+
+
 install()
+name_fila()
