@@ -6,6 +6,9 @@ the original picture, once, into the content rectangle times the scale. That is 
 a canvas pixel.
 """
 
+import copy
+import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,7 +25,11 @@ from fila.images import MAX_IMAGE_SIDE, Picture, load_picture
 from fila.resampling import Pixels, normalize, place, place_normalized, resizer
 
 # What transformers may ask of an image processor and this one always does.
-ALWAYS = {"do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": True}
+ALWAYS = {"do_convert_rgb": True, "do_resize": True, "do_pad": True}
+# Settings of the values, which may change per call; those of the geometry may not, since the model would not know.
+PER_CALL = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample")
+# Names that transformers leaves in saved settings.
+GENERAL_NAMES = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 
 
 class FilaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -56,6 +63,8 @@ class FilaImageProcessor(BaseImageProcessor):
         high_res_image_mean, high_res_image_std: of the raster; by default those of the views.
         do_high_res: whether to draw the raster at all; a model without fusion does not read it.
         resample: PIL's filter, 3 is bicubic.
+        do_rescale, rescale_factor: whether values in 0..255 are multiplied by the factor, by default 1/255, first.
+        do_normalize: whether the mean is subtracted and the standard deviation divided by.
         max_image_side: largest height and width accepted, image pixels.
 
     Raises:
@@ -87,9 +96,18 @@ class FilaImageProcessor(BaseImageProcessor):
         do_high_res: bool = True,
         resample: int = Image.Resampling.BICUBIC,
         max_image_side: int = MAX_IMAGE_SIDE,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
         **kwargs: Any,
     ) -> None:
+        self._refuse_unknown(kwargs)
         super().__init__(**kwargs)
+        if not isinstance(rescale_factor, (int, float)) or not math.isfinite(rescale_factor) or not rescale_factor:
+            raise ValueError(f"expected rescale_factor to be a number other than 0, got {rescale_factor!r}")
+        self.do_rescale = do_rescale
+        self.rescale_factor = rescale_factor
+        self.do_normalize = do_normalize
         self.tile_size = tile_size
         self.patch_size = patch_size
         self.high_res_stride = high_res_stride
@@ -153,8 +171,9 @@ class FilaImageProcessor(BaseImageProcessor):
             images: anything `fila.images.read_picture` reads, or lists of it; an array of four dimensions is a list.
             input_data_format: "channels_first" or "channels_last"; needed where arrays are given.
             return_tensors: "pt" or "np"; NumPy arrays by default.
-            kwargs: settings that transformers passes on; each must repeat the processor's own. The geometry cannot
-                change per call, since the model and the token count would not follow.
+            kwargs: settings for this call: those of the values (`PER_CALL`) are applied, all others must repeat the
+                processor's own. The geometry cannot change per call, since the model and the token count would not
+                follow.
 
         Returns:
             `pixel_values` float32 [images, views, 3, tile, tile]: the global view, then the tiles row by row.
@@ -166,13 +185,13 @@ class FilaImageProcessor(BaseImageProcessor):
             ImageError: if a picture cannot be used.
             ValueError: if there is no picture, or a keyword asks for something else than this processor does.
         """
-        self._refuse_overrides(kwargs)
+        drawer = self._with(kwargs)._in_one_step()
         sources = list(flatten_images(images))
         if not sources:
             raise ValueError("expected at least one image, got none")
         # One picture is decoded at a time: ten of the largest size would take 4 GB.
         drawn = [
-            self._draw(load_picture(s, input_data_format=input_data_format, max_side=self.max_image_side))
+            drawer._draw(load_picture(s, input_data_format=input_data_format, max_side=self.max_image_side))
             for s in sources
         ]
         sizes, views, rasters = zip(*drawn, strict=True)
@@ -181,11 +200,26 @@ class FilaImageProcessor(BaseImageProcessor):
             data["high_res_pixel_values"] = _stack(rasters)
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _refuse_overrides(self, kwargs: dict[str, Any]) -> None:
-        known = {*self.valid_kwargs.__required_keys__, *self.valid_kwargs.__optional_keys__, *ALWAYS}
+    @classmethod
+    def _settings(cls) -> list[str]:
+        return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         for name, value in kwargs.items():
-            if value is None:
+            if name in GENERAL_NAMES or value is None:
                 continue
+            if name in ALWAYS and value == ALWAYS[name]:
+                continue
+            if name in ALWAYS:
+                raise ValueError(f"expected {name} {ALWAYS[name]}, as {type(self).__name__} always does, got {value!r}")
+            near = difflib.get_close_matches(name, self._settings(), 1, 0)[0]
+            raise ValueError(f"expected a setting of {type(self).__name__}, got {name!r}; the nearest is {near!r}")
+
+    def _with(self, kwargs: dict[str, Any]) -> "FilaImageProcessor":
+        """This processor with the settings of one call."""
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        known = {*self.valid_kwargs.__required_keys__, *self.valid_kwargs.__optional_keys__, *ALWAYS}
+        for name, value in given.items():
             if name not in known:
                 raise ValueError(f"expected a setting of {type(self).__name__}, got {name}={value!r}")
             own = ALWAYS.get(name, getattr(self, name, None))
@@ -194,10 +228,26 @@ class FilaImageProcessor(BaseImageProcessor):
                     f"{name} cannot be changed for one call: expected it left out, since nothing here depends on it, "
                     f"got {value!r}"
                 )
-            if _as_lists(value) != _as_lists(own):
+            if name not in PER_CALL and _as_lists(value) != _as_lists(own):
                 raise ValueError(
                     f"{name} cannot be changed for one call: expected {own!r}, got {value!r}; set it on the processor"
                 )
+        changed = {name: given[name] for name in PER_CALL if name in given}
+        if all(_as_lists(value) == _as_lists(getattr(self, name)) for name, value in changed.items()):
+            return self
+        return type(self)(**{name: getattr(self, name) for name in self._settings()} | changed)
+
+    def _in_one_step(self) -> "FilaImageProcessor":
+        """This processor with rescaling and normalising as one step, `(value / 255 - mean) / std`."""
+        factor = 255 * self.rescale_factor if self.do_rescale else 255.0
+        if factor == 1 and self.do_normalize:
+            return self
+        one = copy.copy(self)
+        for part in ("", "high_res_"):
+            mean, std = f"{part}image_mean", f"{part}image_std"
+            setattr(one, mean, [value / factor if self.do_normalize else 0.0 for value in getattr(self, mean)])
+            setattr(one, std, [(value if self.do_normalize else 1.0) / factor for value in getattr(self, std)])
+        return one
 
     def _draw(self, picture: Picture) -> tuple[tuple[int, int], np.ndarray, np.ndarray | None]:
         """Size, views [views, 3, tile, tile] and raster [3, height, width] of one picture."""

@@ -364,35 +364,46 @@ class FilaForConditionalGeneration(FilaPreTrainedModel, LlavaNextForConditionalG
         into the first chunk (5.17).
         """
         chunk = generation_config.prefill_chunk_size
-        given = {name: model_kwargs[name] for name in PICTURE_INPUTS if model_kwargs.get(name) is not None}
-        if chunk is None or not is_first_iteration or not given or model_kwargs.get("inputs_embeds") is not None:
+        if chunk is None or not is_first_iteration:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        given = {name: model_kwargs[name] for name in PICTURE_INPUTS if model_kwargs.get(name) is not None}
+        kept = {name: value for name, value in model_kwargs.items() if name not in PICTURE_INPUTS}
         image = given.pop("mm_encoder_outputs", {}).get("image")
         if image is None and given.get("pixel_values") is not None:
             image = self.model.get_image_features(**given, return_dict=True)
-        kept = {name: value for name, value in model_kwargs.items() if name not in PICTURE_INPUTS}
         mask, positions = kept.pop("attention_mask", None), kept.pop("position_ids", None)
+        embeds = kept.pop("inputs_embeds", None)
         cache = kept["past_key_values"]
         past = int(cache.get_seq_length())
-        if past and mask is not None and mask.shape[1] == input_ids.shape[1]:
-            input_ids = input_ids[:, past:]  # the whole conversation was given, and its beginning is in the cache
-        embeds = self.get_input_embeddings()(input_ids)
-        embeds = embeds if image is None else self.model.embed(input_ids, embeds, image)
+        if embeds is None:
+            # A mask of ones alone has been dropped; only its length is left.
+            length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+            if past and length == input_ids.shape[1]:
+                input_ids = input_ids[:, past:]  # the whole conversation was given, and its beginning is in the cache
+            embeds = self.get_input_embeddings()(input_ids)
+            embeds = embeds if image is None else self.model.embed(input_ids, embeds, image)
+        else:
+            embeds = embeds[:, past:] if image is None else self.model.embed(None, embeds[:, past:], image)
+            input_ids = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)  # for their shape alone
+        end = past + embeds.shape[1]
+        positions = None if positions is None else positions[..., -embeds.shape[1] :]
+        mask = None if mask is None else mask[:, -end:]
         forward = self
         if self._valid_auto_compile_criteria(model_kwargs, generation_config):
             forward = self.get_compiled_call(generation_config.compile_config)
-        for ids, part in zip(input_ids.split(chunk, 1), embeds.split(chunk, 1), strict=True):
-            end = past + ids.shape[1]
+        for start in range(0, embeds.shape[1], chunk):
+            part = slice(start, start + chunk)
+            ids = input_ids[:, part]
             inputs = self.prepare_inputs_for_generation(
                 ids,
-                inputs_embeds=part,
+                inputs_embeds=embeds[:, part],
                 is_first_iteration=True,
-                attention_mask=None if mask is None else mask[:, :end],
-                position_ids=None if positions is None else positions[..., past:end],
+                attention_mask=None if mask is None else mask[:, : past + start + ids.shape[1]],
+                position_ids=None if positions is None else positions[..., part],
                 **{**kept, "past_key_values": cache},
             )
             outputs = forward(**inputs, return_dict=True)
-            cache, past = outputs.past_key_values, end
+            cache = outputs.past_key_values
         return outputs
 
 

@@ -134,9 +134,22 @@ class OwnedFields(PreTrainedConfig):
         refuse_unknown(cls, {name: value for name, value in unused.items() if not name.startswith("_")})
         return config
 
+    def to_dict(self):
+        """The settings. Marks that others have left on the configuration are none, and would not load again."""
+        return _known(self, super().to_dict())
+
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         self.check()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _known(config: PreTrainedConfig, values: dict) -> dict:
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    for name, part in parts.items():
+        if isinstance(part, PreTrainedConfig) and config.sub_configs[name] is type(part):
+            values[name] = _known(part, values[name])
+    names = known_names(type(config)) | {name for name in values if name.startswith("_")}
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _merged(old: dict, new: dict) -> dict:

@@ -187,18 +187,64 @@ def test_bad_images_are_refused_and_frames_are_said(tmp_path: Path) -> None:
         nano()(path)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"rescale_factor": -1.0},
+        {"do_rescale": False, "do_normalize": False},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 1.0, 2.0]},
+    ],
+)
+def test_settings_of_the_values_are_applied_when_set_and_per_call(values: dict) -> None:
+    picture, plain = noise(70, 90), nano()
+    raw = plain(picture, do_rescale=False, do_normalize=False)
+    factor = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
+    per_channel = (slice(None), None, None)
+    for name, mean, std in (
+        ("pixel_values", "image_mean", "image_std"),
+        ("high_res_pixel_values", "high_res_image_mean", "high_res_image_std"),
+    ):
+        assert raw[name].min() >= 0
+        assert raw[name].max() > 200
+        own = {mean: getattr(plain, mean), std: getattr(plain, std), **values}
+        expected = np.asarray(raw[name]) * factor
+        if values.get("do_normalize", True):
+            expected = (expected - np.array(own[mean])[per_channel]) / np.array(own[std])[per_channel]
+        np.testing.assert_allclose(plain(picture, **values)[name], expected, rtol=1e-4, atol=1e-4)
+    made = FilaImageProcessor(**{name: getattr(plain, name) for name in plain._settings()} | values)
+    again = FilaImageProcessor.from_dict(made.to_dict())
+    for processor in (made, again):
+        for name in ("pixel_values", "high_res_pixel_values"):
+            assert np.array_equal(processor(picture)[name], plain(picture, **values)[name])
+    assert np.array_equal(plain(picture)["pixel_values"], nano()(picture)["pixel_values"]), "a call left its settings"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"tile_sise": 64}, "'tile_sise'; the nearest is 'tile_size'"),
+        ({"do_resize": False}, "expected do_resize True"),
+        ({"size": {"height": 5, "width": 5}}, "got 'size'"),
+        ({"rescale_factor": 0}, "rescale_factor to be a number other than 0"),
+    ],
+)
+def test_settings_that_would_not_be_applied_are_refused(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FilaImageProcessor(**given)
+
+
 def test_calls_cannot_change_the_geometry() -> None:
     processor = nano()
     processor(noise(9, 9), do_pad=True, do_resize=True, high_res_rule="scaled", resample=None)
     for given in (tuple(processor.image_mean), np.array(processor.image_mean)):
         processor(noise(9, 9), image_mean=given)
     processor(noise(9, 9), image_grid_pinpoints=tuple(map(tuple, processor.image_grid_pinpoints)))
-    with pytest.raises(ValueError, match="image_mean cannot be changed for one call"):
-        processor(noise(9, 9), image_mean=np.zeros(3))
     for name in ("preprocess", "nonsense"):
         with pytest.raises(ValueError, match=f"expected a setting of FilaImageProcessor, got {name}=5"):
             processor(noise(9, 9), **{name: 5})
-    for name, value in (("high_res_rule", "direct"), ("tile_size", 336), ("do_normalize", False), ("size", 5)):
+    for name, value in (("high_res_rule", "direct"), ("tile_size", 336), ("do_resize", False), ("size", 5)):
         with pytest.raises(ValueError, match=f"{name} cannot be changed for one call"):
             processor(noise(9, 9), **{name: value})
 
