@@ -19,6 +19,7 @@ Source: FILA (arXiv 2412.08378), section 3; canvas choice, fit and token order a
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from numbers import Integral
 from typing import Literal
 
 HighResRule = Literal["scaled", "fixed", "direct"]
@@ -78,6 +79,9 @@ class Geometry:
     fixed_size: int = 768
 
     def __post_init__(self) -> None:
+        sides = [side for canvas in self.canvases for side in canvas]
+        if not all(isinstance(n, Integral) for n in (self.tile, self.patch, self.stride, self.fixed_size, *sides)):
+            raise ValueError(f"expected a geometry in whole numbers, got {self!r}")
         object.__setattr__(self, "canvases", tuple((int(h), int(w)) for h, w in self.canvases))
         if self.patch <= 0 or self.tile <= 0 or self.tile % self.patch:
             raise ValueError(f"tile must be a positive multiple of patch, got tile {self.tile}, patch {self.patch}")

@@ -1,49 +1,114 @@
-"""Checks a checkpoint: its files, its configuration, its processor, and the tensors that were loaded.
+"""Finds a checkpoint and resolves its one list of files; nothing outside that list is read.
 
-`transformers` only warns where a checkpoint lacks a tensor or has one of another shape, and continues with random
-numbers in its place. Here each such case is a `CheckpointError` that names the tensor, what was expected and what came.
+The list holds data only: JSON, a chat template, and tensors in safetensors files. Each file lies in the folder itself,
+no name in a file leads to another, and a folder with two layouts of weights is refused, since neither is meant more.
 """
 
 import json
+import math
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig
+from huggingface_hub import snapshot_download
 
 from fila.checkpoints.quiet import quiet
-from fila.configuration import FilaConfig
-from fila.errors import one_line
-from fila.processing import FilaProcessor
+from fila.errors import is_out_of_memory, one_line
 
 SHIPPED = Path(__file__).resolve().parents[1] / "pretrained" / "fila-nano"
 HUB_PREFIX = "hf:"
 REQUIRED_FILES = ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
-STORED_DTYPES = ("F32", "F16", "BF16", "F64")  # safetensors' names; other dtypes would be cast in silence
-MOST_NAMED = 3  # tensors named in one message
+CHAT_TEMPLATE = "chat_template.jinja"
+# Read by the tokenizer where they are there.
+OPTIONAL_FILES = (GENERATION, CHAT_TEMPLATE, "special_tokens_map.json", "added_tokens.json")
+# Other chat templates, and weights in layouts that are not read: beside the files above, either could be meant.
+FOREIGN_FILES = re.compile(
+    r"chat_template\.json|additional_chat_templates|adapter_(config|model)\..*|.*\.gguf|tf_model.*\.h5"
+    r"|flax_model.*\.msgpack|pytorch_model(-\d.*)?\.bin(\.index\.json)?|model.*\.safetensors(\.index\.json)?"
+)
+MOST_BYTES = {"tokenizer.json": 2**28}  # of a file that is read as a whole
+MOST_BYTES_OTHERS = 2**24
+MOST_NAMED = 200  # faults in one message
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names it, what was expected and what came."""
 
 
-def locate(path: str | Path | None) -> tuple[str, str, dict[str, Any]]:
-    """Finds a checkpoint and checks the files of a local one.
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of a checkpoint.
+
+    Attributes:
+        name: the checkpoint in messages.
+        folder: where all its files lie.
+        weights: files with tensors.
+        index: for weights in several files, the file of every tensor; None for a single file.
+    """
+
+    name: str
+    folder: Path
+    weights: list[Path] = field(default_factory=list)
+    index: dict[str, str] | None = None
+
+    def error(self, *faults: str) -> CheckpointError:
+        """The error that names all faults, up to a number that fits a screen."""
+        more = f"; and {len(faults) - MOST_NAMED} more" if len(faults) > MOST_NAMED else ""
+        return CheckpointError(f"checkpoint {shown(self.name)}: {'; '.join(faults[:MOST_NAMED])}{more}")
+
+    def has(self, file: str) -> bool:
+        return (self.folder / file).is_file()
+
+    def read_text(self, file: str) -> str:
+        """The text of a file that is no larger than such a file can be."""
+        path, most = self.folder / file, MOST_BYTES.get(file, MOST_BYTES_OTHERS)
+        try:
+            if (size := path.stat().st_size) > most:
+                raise self.error(f"{file}: expected at most {most} bytes, got {size}")
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise self.error(f"{file} cannot be read: {one_line(error)}") from error
+
+    def read_object(self, file: str) -> dict[str, Any]:
+        """The JSON object of a file; its numbers are finite."""
+        text = self.read_text(file)
+        try:
+            found = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        except (ValueError, RecursionError) as error:
+            raise self.error(f"{file} cannot be read: {one_line(error)}") from error
+        if not isinstance(found, dict):
+            raise self.error(f"{file}: expected an object, got {type(found).__name__}")
+        return found
+
+
+def shown(text: object) -> str:
+    """A name out of a file as part of a message: no control characters, no more than 200 characters."""
+    found = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:201])
+    return found if len(found) <= 200 else f"{found[:200]}..."
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"expected finite numbers, got {text[:40]}")
+    return number
+
+
+def locate(path: str | Path | None) -> Checkpoint:
+    """Finds a checkpoint and the files that make it up.
 
     Args:
-        path: a folder, `hf:owner/name`, or None for the shipped checkpoint.
+        path: a folder, `hf:owner/name`, or None for the shipped checkpoint. Only a name with `hf:` in front reaches a
+            network; it never names a local folder.
 
-    Returns:
-        The checkpoint's name in messages, what `from_pretrained` takes, and its options; with those a local folder
-        never reaches a network.
+    Raises:
+        CheckpointError: no such checkpoint, or its files are missing, too many, or lie elsewhere.
     """
     if isinstance(path, str) and path.startswith(HUB_PREFIX):
-        return path, path.removeprefix(HUB_PREFIX), {}
+        return resolve_files(path, fetch(path))
     folder = SHIPPED if path is None else Path(path)
     if not folder.is_dir():
         if path is None:
@@ -54,136 +119,77 @@ def locate(path: str | Path | None) -> tuple[str, str, dict[str, Any]]:
         hint = (
             f"; {HUB_PREFIX}{path} would fetch it from the hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
         )
-        raise CheckpointError(f"checkpoint {path}: expected a folder, got {got}{hint}")
-    check_files(folder)
-    return str(folder), str(folder), {"local_files_only": True}
+        raise CheckpointError(f"checkpoint {shown(path)}: expected a folder, got {got}{hint}")
+    return resolve_files(str(folder), folder)
 
 
-def check_files(folder: Path) -> None:
-    """Refuses a folder whose files are missing or cannot be read."""
+def fetch(path: str) -> Path:
+    """The local copy of `hf:owner/name`, with the files that a checkpoint can have and no others."""
+    wanted = [*REQUIRED_FILES, *OPTIONAL_FILES, WEIGHTS_INDEX, "model*.safetensors"]
+    name = path.removeprefix(HUB_PREFIX)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise CheckpointError(f"checkpoint {shown(path)}: expected {HUB_PREFIX}owner/name")
+    try:
+        with quiet():
+            return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except Exception as error:  # of the network, the hub and its cache
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"checkpoint {path}: it cannot be fetched: {one_line(error)}") from error
+
+
+def resolve_files(name: str, folder: Path) -> Checkpoint:
+    """The one list of files of a folder.
+
+    Raises:
+        CheckpointError: a file is missing, lies outside the folder, or is of a second layout of weights or templates.
+    """
+    found = Checkpoint(name, folder)
     for file in REQUIRED_FILES:
-        if not (folder / file).is_file():
-            raise CheckpointError(f"checkpoint {folder}: expected a file {file}, got none")
-    if (folder / GENERATION).is_file():
-        # transformers ignores a file that it cannot read, and with it the tokens that end an answer.
-        try:
-            with quiet():
-                GenerationConfig.from_dict({**json.loads((folder / GENERATION).read_text())})
-        except Exception as error:  # the types of the values are not checked there
-            raise CheckpointError(f"checkpoint {folder}: {GENERATION} cannot be read: {one_line(error)}") from error
-    for weights in _weight_files(folder):
-        try:
-            with safe_open(weights, framework="pt") as tensors:
-                stored = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"checkpoint {folder}: expected a complete safetensors file {weights.name}, got: {one_line(error)}"
-            ) from error
-        _refuse(
-            str(folder),
-            [
-                f"tensor {key}: expected dtype {', '.join(STORED_DTYPES)}, got {dtype}"
-                for key, dtype in sorted(stored.items())
-                if dtype not in STORED_DTYPES
-            ],
+        _resolve(found, file)
+    if (folder / WEIGHTS_INDEX).is_file():
+        index = _read_index(found)
+        files = sorted(set(index.values()))
+    elif (folder / WEIGHTS).exists():
+        index, files = None, [WEIGHTS]
+    else:
+        raise found.error(f"expected a file {WEIGHTS} or {WEIGHTS_INDEX}, got neither")
+    known = {*files, *([WEIGHTS_INDEX] if index is not None else [])}
+    foreign = sorted(e.name for e in folder.iterdir() if FOREIGN_FILES.fullmatch(e.name) and e.name not in known)
+    if foreign:
+        raise found.error(
+            f"expected one layout of weights and one chat template, {', '.join(sorted(known))} and {CHAT_TEMPLATE}, "
+            f"got {shown(', '.join(foreign))} beside"
         )
+    for file in known | {file for file in OPTIONAL_FILES if (folder / file).exists() or (folder / file).is_symlink()}:
+        _resolve(found, file)
+    return Checkpoint(name, folder, [folder / file for file in files], index)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / WEIGHTS_INDEX
-    if not index.is_file():
-        if not (folder / WEIGHTS).is_file():
-            raise CheckpointError(f"checkpoint {folder}: expected a file {WEIGHTS} or {WEIGHTS_INDEX}, got neither")
-        return [folder / WEIGHTS]
+def _read_index(checkpoint: Checkpoint) -> dict[str, str]:
+    index = checkpoint.read_object(WEIGHTS_INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise checkpoint.error(f"{WEIGHTS_INDEX} cannot be read: expected a weight_map of tensors and files")
+    for file in index.values():
+        if not isinstance(file, str):
+            raise checkpoint.error(f"{WEIGHTS_INDEX}: expected names of files, got {shown(repr(file))}")
+        if not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
+            raise checkpoint.error(
+                f"{WEIGHTS_INDEX}: expected names of safetensors files in the folder, got {shown(repr(file))}"
+            )
+    return index
+
+
+def _resolve(checkpoint: Checkpoint, file: str) -> None:
+    """Refuses a file that is missing or lies elsewhere."""
+    folder = checkpoint.folder.resolve()
+    # A folder of the hub's cache holds links to the blobs beside it.
+    rooms = [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {WEIGHTS_INDEX} cannot be read: {one_line(error)}") from error
-    for name in names:
-        if not isinstance(name, str):
-            raise CheckpointError(f"checkpoint {folder}: {WEIGHTS_INDEX}: expected names of files, got {name!r}")
-    return [folder / name for name in names]
-
-
-def read_config(name: str, source: str, options: dict[str, Any]) -> FilaConfig:
-    """The configuration of a checkpoint that `locate` found."""
-    local = Path(source) / "config.json"
-    try:
-        # Not every version of transformers checks that the file holds an object.
-        found = json.loads(local.read_text()) if local.is_file() else {}
-        if isinstance(found, dict):
-            found, _ = PreTrainedConfig.get_config_dict(source, **options)
-    except Exception as error:
-        raise CheckpointError(f"checkpoint {name}: config.json cannot be read: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"checkpoint {name}: config.json: expected an object, got {type(found).__name__}")
-    if found.get("model_type") != "fila":
-        raise CheckpointError(f'checkpoint {name}: expected model_type "fila", got {found.get("model_type")!r}')
-    if found.get("quantization_config") is not None:
-        # transformers ignores methods it does not know, and needs further packages for those it does.
-        got = found["quantization_config"]
-        method = got.get("quant_method") if isinstance(got, dict) else got
-        raise CheckpointError(
-            f"checkpoint {name}: expected weights that are not quantized, got quant_method {method!r}"
-        )
-    try:
-        return FilaConfig.from_dict(found)
-    except Exception as error:  # strict dataclasses and nested configurations raise nearly anything
-        raise CheckpointError(f"checkpoint {name}: config.json does not describe a model: {one_line(error)}") from error
-
-
-def read_processor(name: str, source: str, options: dict[str, Any], config: FilaConfig) -> FilaProcessor:
-    """The processor of a checkpoint that `locate` found; it has to fit the configuration."""
-    try:
-        processor = FilaProcessor.from_pretrained(source, **options)
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
-        prompt = processor.apply_chat_template([message], add_generation_prompt=True)
-        images = prompt.count(processor.image_token)
-    except Exception as error:  # tokenizer files have many ways of being wrong
-        raise CheckpointError(f"checkpoint {name}: its processor cannot be made: {one_line(error)}") from error
-    if images != 1 or "What?" not in prompt:
-        raise CheckpointError(
-            f"checkpoint {name}: expected a chat template that gives the question and one {processor.image_token}, "
-            f"got {one_line(repr(prompt))[:200]}"
-        )
-    wanted, got = config.vision_config.geometry(), processor.image_processor.geometry
-    if wanted != got:
-        raise CheckpointError(f"checkpoint {name}: expected a processor for the model's {wanted}, got one for {got}")
-    if processor.image_token_id != config.image_token_id:
-        raise CheckpointError(
-            f"checkpoint {name}: expected a tokenizer with an image token of id {config.image_token_id}, "
-            f"got {processor.image_token_id}"
-        )
-    embeddings, tokens = config.text_config.vocab_size, len(processor.tokenizer)
-    if tokens > embeddings:
-        raise CheckpointError(f"checkpoint {name}: expected a tokenizer of at most {embeddings} tokens, got {tokens}")
-    return processor
-
-
-def check_tensors(name: str, model: nn.Module, info: dict[str, Any]) -> None:
-    """Refuses a model whose tensors are not those of the checkpoint; `info` is `from_pretrained`'s loading info."""
-    shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
-    found = [
-        f"tensor {key}: expected shape {list(wanted)}, got {list(got)}"
-        for key, got, wanted in sorted(info["mismatched_keys"])
-    ]
-    mismatched = {key for key, *_ in info["mismatched_keys"]}
-    found += [
-        f"tensor {key}: expected shape {shapes.get(key, 'of the model')}, got no such tensor"
-        for key in sorted(set(info["missing_keys"]) - mismatched)
-    ]
-    found += [f"tensor {key}: expected no such tensor, got one" for key in sorted(info["unexpected_keys"])]
-    found += [one_line(message) for message in info["error_msgs"]]
-    found += [
-        f"tensor {key}: expected finite numbers, got NaN or infinity"
-        for key, tensor in model.named_parameters()
-        if key.endswith(".alpha") and not found and not torch.isfinite(tensor).all()
-    ]
-    _refuse(name, found)
-
-
-def _refuse(name: str, found: list[str]) -> None:
-    """Raises the faults found, if there are any; the first few by name."""
-    if found:
-        more = f"; and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
-        raise CheckpointError(f"checkpoint {name}: {'; '.join(found[:MOST_NAMED])}{more}")
+        target = (checkpoint.folder / file).resolve()
+    except (OSError, RuntimeError) as error:  # a circle of links
+        raise checkpoint.error(f"expected a file {file}, got: {one_line(error)}") from error
+    if not any(target.is_relative_to(room) for room in rooms):
+        raise checkpoint.error(f"expected a file {file} in the folder, got a link that leads out of it")
+    if not target.is_file():
+        raise checkpoint.error(f"expected a file {file}, got {'no plain file' if target.exists() else 'none'}")

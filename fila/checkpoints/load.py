@@ -4,9 +4,11 @@ from pathlib import Path
 
 import torch
 
-from fila.checkpoints.check import CheckpointError, check_tensors, locate, read_config, read_processor
-from fila.checkpoints.quiet import quiet
-from fila.errors import is_out_of_memory, memory_for, one_line
+from fila.checkpoints.check import locate
+from fila.checkpoints.config import read_config, read_generation_config
+from fila.checkpoints.processor import read_processor
+from fila.checkpoints.weights import build_empty, compare, open_tensors, read_weights, stored_dtype
+from fila.errors import memory_for
 from fila.modeling import FilaForConditionalGeneration
 from fila.processing import FilaProcessor
 from fila_kernels import dispatch
@@ -38,26 +40,15 @@ def load(
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     dispatch.resolve(backend)
-    name, source, options = locate(path)
-    config = read_config(name, source, options)
-    with quiet(), memory_for("the model"):
-        try:
-            model, info = FilaForConditionalGeneration.from_pretrained(
-                source,
-                config=config,
-                dtype=chosen_dtype,
-                output_loading_info=True,
-                # Collected like the missing ones, and refused below; with False a report is all one sees.
-                ignore_mismatched_sizes=True,
-                use_safetensors=True,
-                **options,
-            )
-        except Exception as error:  # an index may name anything
-            if is_out_of_memory(error):
-                raise
-            raise CheckpointError(f"checkpoint {name}: its weights cannot be read: {one_line(error)}") from error
-        check_tensors(name, model, info)
-        processor = read_processor(name, source, options, config)
+    checkpoint = locate(path)
+    with memory_for("the model"), open_tensors(checkpoint) as tensors:
+        config = read_config(checkpoint, len(tensors))
+        generation_config = read_generation_config(checkpoint)
+        compare(checkpoint, build_empty(checkpoint, config, len(tensors)), tensors)
+        processor = read_processor(checkpoint, config)
+        model = read_weights(checkpoint, config, tensors, chosen_dtype or stored_dtype(config, tensors))
+        if generation_config is not None:
+            model.generation_config = generation_config
         for fusion in model.model.vision_tower.fusion:
             fusion.backend = backend
         return model.to(chosen_device).eval(), processor
@@ -84,14 +75,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
-    """The dtype to load in, "auto" standing for the checkpoint's own.
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The dtype to load in, None for the checkpoint's own.
 
     Raises:
         ValueError: an unknown name, or float16 on a CPU, whose float16 products are some hundred times slower.
     """
     if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
+        return torch.float32 if device.type == "cpu" else None
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found not in DTYPES.values():
         raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {str(dtype)!r}")

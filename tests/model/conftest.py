@@ -1,11 +1,14 @@
 """Fixtures: a small FILA with random weights and open gates, in memory and on disk, made once per session."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from fila import FilaForConditionalGeneration, FilaImageProcessor, FilaProcessor, preset
+from fila.checkpoints.check import WEIGHTS
 from fila.checkpoints.load import load
 from recipes.nano.tokenizer import build_character_tokenizer
 from tests.model.tiny_checkpoint import save_checkpoint
@@ -40,3 +43,16 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
     return load(checkpoint)
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path) -> Path:
+    """A checkpoint to damage; its weights are shared until a test replaces them."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        if file.name == WEIGHTS:
+            os.link(file, folder / WEIGHTS)
+        else:
+            shutil.copy(file, folder)
+    return folder

@@ -1,232 +1,21 @@
-"""Loading is complete or an error, and an answer carries its plan, backend and times."""
+"""An answer carries its plan, backend and times, and depends on nothing but picture, question and model."""
 
 import json
-import shutil
-import socket
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from fila import FilaForConditionalGeneration
-from fila.checkpoints.check import GENERATION, REQUIRED_FILES, WEIGHTS, WEIGHTS_INDEX
+from fila.checkpoints.check import GENERATION
 from fila.geometry import Geometry
 from fila.images import ImageError, read_picture
-from fila.inference import CheckpointError, answer, answer_batch, load
+from fila.inference import answer, answer_batch, load
 from tests.model.tiny_checkpoint import save_checkpoint
-
-TENSOR = "model.image_newline"
-ALPHA = "model.vision_tower.fusion.0.alpha"
-
-
-@pytest.fixture
-def copy(checkpoint, tmp_path) -> Path:
-    """A checkpoint to damage; its weights are a link until a test replaces them."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in checkpoint.iterdir():
-        if file.name == WEIGHTS:
-            (folder / WEIGHTS).symlink_to(file)
-        else:
-            shutil.copy(file, folder)
-    return folder
-
-
-def rewrite(folder: Path, change) -> None:
-    """Saves the weights anew after `change` has been at them."""
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    (folder / WEIGHTS).unlink()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def edit(file: Path, **values) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def picture(height: int = 200, width: int = 300) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
-
-
-# --- loading
-
-
-def test_what_was_saved_is_loaded(checkpoint, loaded):
-    model, processor = loaded
-    saved = load_file(checkpoint / WEIGHTS)
-    state = model.state_dict()
-    assert set(saved) == {name for name, _ in model.named_parameters()}
-    assert all(torch.equal(state[name], tensor.float()) for name, tensor in saved.items())
-    assert model.dtype == torch.float32
-    assert not model.training
-    assert processor.image_processor.geometry == model.config.vision_config.geometry()
-
-
-def test_dtype_and_backend_are_those_asked_for(checkpoint):
-    model, _ = load(str(checkpoint), dtype="bfloat16", device="cpu", backend="reference")
-    assert model.dtype == torch.bfloat16
-    assert [fusion.backend for fusion in model.model.vision_tower.fusion] == ["reference"] * 4
-
-
-def test_a_local_folder_needs_no_network(checkpoint, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("a local checkpoint reached for the network")
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    load(checkpoint)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda t: t.pop(TENSOR), rf"tensor {TENSOR}: expected shape \[192\], got no such tensor"),
-        (lambda t: t.update({TENSOR: t[TENSOR][:100].clone()}), rf"{TENSOR}: expected shape \[192\], got \[100\]"),
-        (lambda t: t.update({"extra": torch.zeros(3)}), "tensor extra: expected no such tensor, got one"),
-        (lambda t: t.update({TENSOR: t[TENSOR].long()}), f"{TENSOR}: expected dtype F32, F16, BF16, F64, got I64"),
-        (lambda t: t.update({TENSOR: t[TENSOR].to(torch.int8)}), f"{TENSOR}: expected dtype .*, got I8"),
-        (lambda t: t.update({TENSOR: t[TENSOR] > 0}), f"{TENSOR}: expected dtype .*, got BOOL"),
-        (lambda t: t.update({TENSOR: t[TENSOR].to(torch.float8_e4m3fn)}), f"{TENSOR}: expected dtype .*, got F8"),
-        (lambda t: t.update({ALPHA: torch.full_like(t[ALPHA], torch.nan)}), f"{ALPHA}: expected finite numbers"),
-        (lambda t: [t.pop(name) for name in list(t) if "fusion" in name], "and 17 more"),
-    ],
-    ids=["missing", "misshaped", "unexpected", "int64", "int8", "bool", "fp8", "alpha", "many"],
-)
-def test_wrong_tensors_are_named(copy, change, message):
-    rewrite(copy, change)
-    with pytest.raises(CheckpointError, match=message):
-        load(copy)
-
-
-@pytest.mark.parametrize("kept", [0, 5, 2000, 5_000_000])
-def test_truncated_weights(copy, kept):
-    data = (copy / WEIGHTS).read_bytes()[:kept]
-    (copy / WEIGHTS).unlink()
-    (copy / WEIGHTS).write_bytes(data)
-    with pytest.raises(CheckpointError, match=f"expected a complete safetensors file {WEIGHTS}, got"):
-        load(copy)
-
-
-@pytest.mark.parametrize("file", [*REQUIRED_FILES, WEIGHTS])
-def test_missing_files(copy, file):
-    (copy / file).unlink()
-    with pytest.raises(CheckpointError, match=f"expected a file {file}"):
-        load(copy)
-
-
-def test_a_missing_shard(copy):
-    (copy / WEIGHTS_INDEX).write_text(json.dumps({"weight_map": {TENSOR: "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(CheckpointError, match="model-00001-of-00002"):
-        load(copy)
-    (copy / WEIGHTS_INDEX).write_text("[]")
-    with pytest.raises(CheckpointError, match=f"{WEIGHTS_INDEX} cannot be read"):
-        load(copy)
-
-
-def test_configurations_of_something_else(copy):
-    edit(copy / "config.json", model_type="llava_next")
-    with pytest.raises(CheckpointError, match="expected model_type \"fila\", got 'llava_next'"):
-        load(copy)
-    (copy / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
-        load(copy)
-
-
-def test_a_configuration_that_fits_nothing(copy):
-    vision = json.loads((copy / "config.json").read_text())["vision_config"]
-    edit(copy / "config.json", vision_config=vision | {"fusion_layers": [1, 2]})
-    with pytest.raises(CheckpointError, match="fusion_layers must name 4"):
-        load(copy)
-
-
-def test_a_processor_for_another_model(copy):
-    found = json.loads((copy / "processor_config.json").read_text())
-    found["image_processor"]["high_res_rule"] = "fixed"
-    (copy / "processor_config.json").write_text(json.dumps(found))
-    with pytest.raises(CheckpointError, match="expected a processor for the model's"):
-        load(copy)
-
-
-def test_a_tokenizer_for_another_model(copy):
-    edit(copy / "config.json", image_token_index=5)
-    with pytest.raises(CheckpointError, match="image token of id 5, got 4"):
-        load(copy)
-
-
-@pytest.mark.parametrize(
-    "file, content, message",
-    [
-        ("config.json", "[]", "config.json: expected an object, got list"),
-        ("chat_template.jinja", "{{ nothing.at_all }}", "its processor cannot be made"),
-        ("chat_template.jinja", "{% if %}", "its processor cannot be made"),
-        ("chat_template.jinja", "What?", "one <image>, got 'What\\?'"),
-        (GENERATION, "{", f"{GENERATION} cannot be read"),
-        (GENERATION, "[]", f"{GENERATION} cannot be read"),
-        (WEIGHTS_INDEX, '{"weight_map": {"a": 5}}', "expected names of files, got 5"),
-    ],
-)
-def test_damaged_files(copy, file, content, message):
-    (copy / file).write_text(content)
-    with pytest.raises(CheckpointError, match=message):
-        load(copy)
-
-
-def test_a_processor_with_a_size_that_is_none(copy):
-    found = json.loads((copy / "processor_config.json").read_text())
-    found["image_processor"]["max_image_side"] = "x"
-    (copy / "processor_config.json").write_text(json.dumps(found))
-    with pytest.raises(CheckpointError, match="max_image_side to be a whole number"):
-        load(copy)
-
-
-@pytest.mark.parametrize("method", ["bitsandbytes", "foo"])
-def test_quantized_weights_are_refused(copy, method):
-    edit(copy / "config.json", quantization_config={"quant_method": method, "load_in_4bit": True})
-    with pytest.raises(CheckpointError, match=f"not quantized, got quant_method '{method}'"):
-        load(copy)
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: full")])
-def test_no_memory_for_the_model(checkpoint, monkeypatch, error):
-    def refuse(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(FilaForConditionalGeneration, "to", refuse)
-    with pytest.raises(MemoryError, match=r"expected enough memory for the model, got: .*full"):
-        load(checkpoint)
-
-
-@pytest.mark.parametrize(
-    "path, message",
-    [("no/folder", "hf:no/folder would fetch it"), (__file__, "expected a folder, got a file"), ("", "expected a")],
-)
-def test_paths_that_hold_no_checkpoint(path, message):
-    with pytest.raises(CheckpointError, match=message):
-        load(path)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"device": "abacus"}, "device: expected auto, cpu"),
-        ({"device": "meta"}, "device: expected one that is here"),
-        ({"device": "cuda:99"}, "device: expected one that is here"),
-        ({"dtype": "int8"}, "dtype: expected auto, float32"),
-        ({"dtype": "float16", "device": "cpu"}, "dtype: expected float32 or bfloat16 on a CPU"),
-        ({"backend": "abacus"}, "backend: expected one of"),
-    ],
-)
-def test_what_cannot_be_had(checkpoint, options, message):
-    with pytest.raises(ValueError, match=message):
-        load(checkpoint, **options)
-
-
-# --- answers
 
 
 def test_answers_do_not_depend_on_how_a_checkpoint_would_generate(copy, loaded):
@@ -352,10 +141,11 @@ def test_pictures_that_are_none(loaded):
         answer(*loaded, b"not a picture", "Total?", name="my file")
 
 
-def test_numbers_that_are_none(copy):
-    rewrite(copy, lambda tensors: tensors[TENSOR].fill_(float("nan")))
+def test_numbers_that_are_none(checkpoint):
+    model, processor = load(checkpoint)
+    model.model.image_newline.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="expected finite numbers"):
-        answer(*load(copy), picture(), "Total?", max_new_tokens=1)
+        answer(model, processor, picture(), "Total?", max_new_tokens=1)
 
 
 def test_without_fusion_there_is_no_backend(tmp_path):
