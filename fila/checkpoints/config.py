@@ -159,8 +159,9 @@ def _canvas_faults(config: FilaConfig) -> Iterator[str]:
         yield f"image_grid_pinpoints: expected at most {MOST_CANVASES} canvases, got {len(geometry.canvases)}"
         return
     for height, width in ((geometry.tile, geometry.tile), *geometry.canvases):
-        layout = geometry.layout(height, width)
-        for what, sides in (("canvas", (height, width)), ("raster", layout.raster)):
+        scaled = (height * geometry.stride // geometry.patch, width * geometry.stride // geometry.patch)
+        raster = scaled if geometry.rule == "scaled" else (geometry.fixed_size, geometry.fixed_size)
+        for what, sides in (("canvas", (height, width)), ("raster", raster)):
             if max(sides) > MOST_CANVAS_SIDE or math.prod(sides) > MOST_CANVAS_PIXELS:
                 yield (
                     f"vision_config: expected a {what} of at most {MOST_CANVAS_SIDE} pixels per side and "

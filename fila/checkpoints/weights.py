@@ -143,7 +143,7 @@ def compare(checkpoint: Checkpoint, model: FilaForConditionalGeneration, tensors
 
 
 def _differences(
-    wanted: Mapping[str, torch.Tensor], stored: Mapping[str, list[int]], tied: Mapping[str, str]
+    wanted: Mapping[str, torch.Tensor], stored: Mapping[str, list[int]], tied: dict[str, str]
 ) -> list[str]:
     """What is misshaped, missing or unexpected."""
     either = tied | {source: name for name, source in tied.items()}
