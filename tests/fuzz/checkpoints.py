@@ -6,6 +6,7 @@ else is a failure: another error, numbers that differ from those stored, code of
 and may take `MEMORY` more than that. The seed is printed and makes a run repeatable.
 """
 
+import copy
 import json
 import os
 import random
@@ -61,7 +62,7 @@ def edit_json(draw: random.Random, folder: Path) -> str:
         owner = whole
         for part in path:
             owner = owner[part]
-        value = draw.choice(VALUES)
+        value = copy.deepcopy(draw.choice(VALUES))
         how = draw.randrange(6)
         if how == 0 and key != "a":
             del owner[key]
