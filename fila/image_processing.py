@@ -204,6 +204,11 @@ class FilaImageProcessor(BaseImageProcessor):
     def _settings(cls) -> list[str]:
         return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings. Marks that others have left on the processor are none, and would not load again."""
+        names = {*self._settings(), *GENERAL_NAMES}
+        return {name: value for name, value in super().to_dict().items() if name in names}
+
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         for name, value in kwargs.items():
             if name in GENERAL_NAMES or value is None:
