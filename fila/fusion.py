@@ -15,7 +15,10 @@ To add a fusion, derive it from `Fusion` and enter its builder in `FUSIONS`.
 Source: FILA (arXiv 2412.08378), section 3.3.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,20 @@ from transformers import initialization as init
 
 from fila.configuration import FilaVisionConfig
 from fila_kernels import CVFM
+
+# Called with each fusion, its input and its output; of the thread or task that set it, so that models stay shareable.
+Watcher = Callable[[Any, Tensor, Tensor], None]
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Shows `watcher` every fusion that this thread computes inside the block, whichever model it belongs to."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 class Fusion(nn.Module):
@@ -47,7 +64,12 @@ class DeepFusion(CVFM, Fusion):
     def forward(  # type: ignore[override]
         self, tokens: Tensor, maps: Sequence[Tensor], boxes: Sequence[Tensor], image_index: Tensor
     ) -> Tensor:
-        return super().forward(tokens, maps[self.stage], boxes[self.stage], image_index)
+        fused = super().forward(tokens, maps[self.stage], boxes[self.stage], image_index)
+        # A compiled or exported graph has no place for a watcher.
+        watcher = None if torch.compiler.is_compiling() else _watcher.get()
+        if watcher is not None:
+            watcher(self, tokens, fused)
+        return fused
 
     @torch.no_grad()
     def init_fresh(self) -> None:

@@ -9,15 +9,22 @@ how strongly the CVFM changed the tokens of this picture, and where.
 the learned `alpha`. It holds for both forms of the gate.
 """
 
+import io
+import os
+import secrets
+import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from fila.fusion import watching
 from fila.geometry import Layout, Rect
 from fila.modeling import FilaForConditionalGeneration
 
@@ -56,40 +63,68 @@ class Gate:
 
 @contextmanager
 def watch_gates(model: FilaForConditionalGeneration) -> Iterator[list[Gate]]:
-    """Measures every fusion while one picture is encoded, and fills the list, shallowest first.
+    """Measures every fusion while this thread encodes one picture, and fills the list, shallowest first.
 
-    Without fusion the list stays empty. Encode one picture at a time: the numbers of a batch would be mixed.
+    Without fusion the list stays empty. Encode one picture at a time: the numbers of a batch would be mixed. Nothing is
+    left on the model, so that threads may watch one model at once, each its own picture.
     """
     tower = model.model.vision_tower
     config = tower.config
+    stages = {id(fusion): stage for stage, fusion in enumerate(tower.fusion)}
     gates: list[Gate] = []
 
-    def measure(stage: int):
-        def hook(module, args, out) -> None:
-            prefix = module.num_prefix_tokens
-            x, y = args[0][:, prefix:].detach().float(), out[:, prefix:].detach().float()
-            size, change = x.norm(dim=-1), (y - x).norm(dim=-1)
-            side = int(x.shape[1] ** 0.5)
-            ratio = change / size.clamp_min(torch.finfo(torch.float32).tiny)
-            gates.append(
-                Gate(
-                    config.fusion_layers[stage],
-                    stage + 1,
-                    config.convnext_strides[stage],
-                    float(module.alpha),
-                    float(change.norm() / size.norm().clamp_min(torch.finfo(torch.float32).tiny)),
-                    ratio.view(-1, side, side).cpu().numpy(),
-                )
+    def measure(fusion: Any, before: torch.Tensor, after: torch.Tensor) -> None:
+        stage = stages.get(id(fusion))
+        if stage is None:
+            return  # another model's
+        prefix = fusion.num_prefix_tokens
+        x, y = before[:, prefix:].detach().float(), after[:, prefix:].detach().float()
+        size, change = x.norm(dim=-1), (y - x).norm(dim=-1)
+        side = int(x.shape[1] ** 0.5)
+        tiny = torch.finfo(torch.float32).tiny
+        gates.append(
+            Gate(
+                config.fusion_layers[stage],
+                stage + 1,
+                config.convnext_strides[stage],
+                float(fusion.alpha),
+                float(change.norm() / size.norm().clamp_min(tiny)),
+                (change / size.clamp_min(tiny)).view(-1, side, side).cpu().numpy(),
             )
+        )
 
-        return hook
-
-    hooks = [fusion.register_forward_hook(measure(i)) for i, fusion in enumerate(tower.fusion)]
-    try:
+    with watching(measure):
         yield gates
-    finally:
-        for handle in hooks:
-            handle.remove()
+
+
+def save(drawn: Image.Image, path: Path) -> None:
+    """Saves a picture as PNG, whole or not at all: what stood at `path` stays until all of the new one is on the disk.
+
+    A link is followed. What is no regular file, a pipe for example, is written to as it is.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    data = io.BytesIO()
+    drawn.save(data, "PNG")
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        target.write_bytes(data.getvalue())
+        return
+    beside = target.with_name(f".{secrets.token_hex(8)}.png")
+    # Created by hand, so that it gets the rights of any new file.
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data.getvalue())
+            file.flush()
+            os.fsync(descriptor)
+        if target.exists():
+            shutil.copymode(target, beside)
+        os.replace(beside, target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def draw(picture: Image.Image, layout: Layout, question: str, answer: str, gates: Sequence[Gate]) -> Image.Image:
@@ -359,4 +394,4 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-__all__ = ["Gate", "draw", "watch_gates"]
+__all__ = ["Gate", "draw", "save", "watch_gates"]

@@ -1,5 +1,6 @@
 """The explaining picture: its numbers are measured, and its lines lie where the layout says."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -53,7 +54,26 @@ def test_gates_are_measured():
     assert gates[2].token_strength.shape == (GEOMETRY.layout(90, 120).num_views, 8, 8)
     assert gates[2].token_strength[-1, -1, -1] == pytest.approx(float(last), rel=1e-5)
     encode(made, picture)
-    assert len(gates) == 4, "the hooks stayed behind"
+    assert len(gates) == 4, "the watcher stayed behind"
+
+
+def test_threads_watch_one_model_each_its_own_picture():
+    made = model()
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (60 + 30 * i, 120, 3), np.uint8)) for i in range(3)]
+
+    def measure(picture: Image.Image) -> list[float]:
+        with watch_gates(made) as gates:
+            assert not any(module._forward_hooks or module._forward_pre_hooks for module in made.modules())
+            encode(made, picture)
+        return [gate.strength for gate in gates]
+
+    alone = [measure(picture) for picture in pictures]
+    with ThreadPoolExecutor(len(pictures)) as threads:
+        assert list(threads.map(measure, pictures * 3)) == alone * 3
+    with watch_gates(model()) as gates:
+        encode(made, pictures[0])
+    assert gates == [], "another model's"
 
 
 def test_closed_gates_have_no_strength():
