@@ -5,6 +5,7 @@ It keeps no state on the model or the processor, so that threads may share both.
 """
 
 import copy
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig
+from transformers import BatchFeature, GenerationConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import fila_kernels
 from fila.checkpoints.check import CheckpointError
 from fila.checkpoints.load import load
+from fila.errors import one_line
 from fila.geometry import Layout
 from fila.images import ImageSource, Picture, read_picture
 from fila.modeling import FilaForConditionalGeneration
@@ -34,6 +36,8 @@ __all__ = [
 ]
 
 MAX_NEW_TOKENS = 32
+# A tokenizer that was saved with padding switches it off at its first call; it must not do so while it is in use.
+_tokenizing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -120,15 +124,18 @@ def answer_batch(
     pictures = [
         _read(image, processor, name) for image, name in zip(images, names or [None] * len(images), strict=True)
     ]
-    prompts = [_prompt(processor, question) for question in questions]
-    inputs = processor(images=pictures, text=prompts, return_tensors="pt", padding=True, padding_side="left")
-    inputs = inputs.to(model.device)
+    inputs = _inputs(processor, pictures, questions).to(model.device)
     _check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
     clock.lap("preprocess")
-    embeds = _embed(model, inputs)
+    image = model.get_image_features(
+        inputs["pixel_values"],
+        inputs["image_sizes"],
+        high_res_pixel_values=inputs.get("high_res_pixel_values"),
+        return_dict=True,
+    )
     clock.lap("encode")
-    settings = _greedy(model, processor, max_new_tokens)
-    said = _generate(model, settings, embeds, inputs["attention_mask"])
+    ends = _end_tokens(model, processor)
+    said = _generate(model, _greedy(processor, ends, max_new_tokens), inputs, image)
     clock.lap("generate")
 
     geometry = processor.image_processor.geometry
@@ -136,13 +143,14 @@ def answer_batch(
     for picture, question, tokens in zip(pictures, questions, said, strict=True):
         layout = picture.layout(geometry)
         found = [*picture.notes, *_layout_notes(layout), *_question_notes(processor, question)]
-        if not set(settings.eos_token_id or ()) & set(tokens):
+        end = next((i for i, token in enumerate(tokens) if token in ends), None)
+        if end is None:
             found.append(f"the answer was cut off after {max_new_tokens} tokens")
         answers.append(
             Answer(
                 picture=picture.name,
                 question=question,
-                text=processor.decode(tokens, skip_special_tokens=True).strip(),
+                text=processor.decode(tokens[:end], skip_special_tokens=True).strip(),
                 image_size=(layout.height, layout.width),
                 canvas=layout.canvas,
                 tiles=(layout.rows, layout.columns),
@@ -168,12 +176,22 @@ def check_question(processor: FilaProcessor, question: str) -> None:
         question.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"question: expected text in UTF-8, got {question!r}") from error
-    for token in processor.tokenizer.all_special_tokens:
-        if token in question:
-            raise ValueError(
-                f"question: expected plain text, got the special token {token!r} in it; leave it out "
-                "(the picture needs no placeholder)"
-            )
+    special = _special_tokens(processor)
+    spelled = next((token for token in special if token in question), None)
+    if spelled is None:
+        # Also where the tokenizer or the template first changes letters, spaces or line breaks.
+        unknown = processor.tokenizer.unk_token_id
+        of_template = _special_ids(processor, "?")
+        added = [token for token in _special_ids(processor, question) if token != unknown]
+        for token in of_template:
+            if token in added:
+                added.remove(token)
+        spelled = next((name for name, token in special.items() if token in added), None)
+    if spelled is not None:
+        raise ValueError(
+            f"question: expected plain text, got the special token {spelled!r} in it; leave it out "
+            "(the picture needs no placeholder)"
+        )
 
 
 def fusion_backend(model: FilaForConditionalGeneration, layout: Layout) -> dict[str, Any]:
@@ -218,9 +236,58 @@ def _read(image: ImageSource, processor: FilaProcessor, name: str | None) -> Pic
     return read_picture(image, max_side=processor.image_processor.max_image_side, name=name)
 
 
-def _prompt(processor: FilaProcessor, question: str) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+def _chat(question: str, picture: Picture | None = None) -> list[dict[str, Any]]:
+    image = {"type": "image"} if picture is None else {"type": "image", "image": picture}
+    return [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
+
+
+def _inputs(processor: FilaProcessor, pictures: Sequence[Picture], questions: Sequence[str]) -> BatchFeature:
+    """What the processor makes of the chats, padded on the left, where generation needs it.
+
+    Padding is done here: a tokenizer may pad on the right, lack a token to pad with, and keeps how it pads as state.
+    """
+    chats = [_chat(question, picture) for question, picture in zip(questions, pictures, strict=True)]
+    with _tokenizing:
+        inputs = processor.apply_chat_template(chats, tokenize=True, return_dict=True, add_generation_prompt=True)
+    rows = inputs.pop("input_ids")
+    longest = max(map(len, rows))
+    pad = _pad_token(processor)
+    data = {
+        name: torch.as_tensor(inputs[name]) for name in processor.image_processor.model_input_names if name in inputs
+    }
+    data["input_ids"] = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
+    data["attention_mask"] = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return BatchFeature(data)
+
+
+def _pad_token(processor: FilaProcessor) -> int:
+    """The token in places that nothing looks at."""
+    tokenizer = processor.tokenizer
+    found = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)
+    return next(found, 0)
+
+
+def _special_tokens(processor: FilaProcessor) -> dict[str, int]:
+    """Every special token with its id: the named ones, and those that the tokenizer merely marks as special."""
+    tokenizer = processor.tokenizer
+    marked = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return marked | named
+
+
+def _special_ids(processor: FilaProcessor, question: str) -> list[int]:
+    """The special tokens of the question's prompt, without those that the tokenizer adds around a text."""
+    try:
+        prompt = processor.apply_chat_template(_chat(question), add_generation_prompt=True)
+    except Exception as error:  # templates raise nearly anything
+        raise ValueError(f"question: expected one that the chat template takes, got: {one_line(error)}") from error
+    special = set(_special_tokens(processor).values())
+    return [token for token in _encode(processor, prompt) if token in special]
+
+
+def _encode(processor: FilaProcessor, text: str) -> list[int]:
+    with _tokenizing:
+        return processor.tokenizer(text, add_special_tokens=False, padding=False)["input_ids"]
 
 
 def _check_length(model: FilaForConditionalGeneration, prompt: int, new: int) -> None:
@@ -232,21 +299,13 @@ def _check_length(model: FilaForConditionalGeneration, prompt: int, new: int) ->
         )
 
 
-def _embed(model: FilaForConditionalGeneration, inputs: Any) -> Tensor:
-    """[batch, length, width]: the prompts' embeddings, with the pictures' in the places of the image tokens."""
-    image = model.get_image_features(
-        inputs["pixel_values"],
-        inputs["image_sizes"],
-        high_res_pixel_values=inputs.get("high_res_pixel_values"),
-    )
-    ids = inputs["input_ids"]
-    return model.model.embed(ids, model.get_input_embeddings()(ids), image)
-
-
 def _generate(
-    model: FilaForConditionalGeneration, settings: GenerationConfig, embeds: Tensor, attention_mask: Tensor
+    model: FilaForConditionalGeneration,
+    settings: GenerationConfig,
+    inputs: BatchFeature,
+    image: BaseModelOutputWithPooling,
 ) -> list[list[int]]:
-    """The new tokens of every prompt.
+    """The new tokens of every prompt, whose pictures are encoded already.
 
     Raises:
         ValueError: the model computes NaN or infinity.
@@ -255,30 +314,33 @@ def _generate(
     # weights and has these settings for its own, so that the shared model is not touched.
     generator = copy.copy(model)
     generator.generation_config = settings
-    out = generator.generate(inputs_embeds=embeds, attention_mask=attention_mask, generation_config=settings)
+    ids = inputs["input_ids"]
+    out = generator.generate(
+        ids,
+        generation_config=settings,
+        attention_mask=inputs["attention_mask"],
+        mm_encoder_outputs={"image": image},
+    )
     if not all(torch.isfinite(logits).all() for logits in out.logits):
         raise ValueError(f"expected finite numbers from the model in {model.dtype}, got NaN or infinity")
-    return out.sequences.tolist()
+    return out.sequences[:, ids.shape[1] :].tolist()
 
 
-def _greedy(model: FilaForConditionalGeneration, processor: FilaProcessor, max_new_tokens: int) -> GenerationConfig:
+def _greedy(processor: FilaProcessor, ends: set[int], max_new_tokens: int) -> GenerationConfig:
     """Settings for greedy decoding."""
     return GenerationConfig(
-        eos_token_id=sorted(_end_tokens(model, processor)) or None,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        bos_token_id=processor.tokenizer.bos_token_id,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=_pad_token(processor),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        # A generated image token would ask for an image feature that does not exist.
-        suppress_tokens=[model.config.image_token_id],
         return_dict_in_generate=True,
         output_logits=True,
     )
 
 
 def _end_tokens(model: FilaForConditionalGeneration, processor: FilaProcessor) -> set[int]:
-    """The tokens that end an answer: tokenizer, language model and checkpoint may each name others."""
+    """The tokens that end an answer: tokenizer, language model and checkpoint may each name others, one or several."""
     found: set[int] = set()
     for ends in (
         processor.tokenizer.eos_token_id, model.config.text_config.eos_token_id, model.generation_config.eos_token_id
@@ -296,8 +358,7 @@ def _layout_notes(layout: Layout) -> Iterator[str]:
 
 
 def _question_notes(processor: FilaProcessor, question: str) -> Iterator[str]:
-    tokenizer = processor.tokenizer
-    unknown = tokenizer.unk_token_id
-    if unknown is not None and unknown in tokenizer.encode(question, add_special_tokens=False):
-        strange = [c for c in dict.fromkeys(question) if unknown in tokenizer.encode(c, add_special_tokens=False)]
+    unknown = processor.tokenizer.unk_token_id
+    if unknown is not None and unknown in _encode(processor, question):
+        strange = [c for c in dict.fromkeys(question) if unknown in _encode(processor, c)]
         yield f"the model does not know the characters {''.join(strange)!r} of the question"

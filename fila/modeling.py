@@ -351,6 +351,14 @@ class FilaForConditionalGeneration(FilaPreTrainedModel, LlavaNextForConditionalG
         processors = LogitsProcessorList([*(logits_processor or ()), NoImageToken(self.config.image_token_id)])
         return super().generate(inputs, generation_config, processors, *args, **kwargs)
 
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers; encoded pictures go into the prompt alone, which transformers 5.17 forgets."""
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.pop("mm_encoder_outputs", None)
+        return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
+
     def _prefill(
         self,
         input_ids: Tensor,

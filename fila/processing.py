@@ -13,6 +13,26 @@ IMAGE_TOKEN = "<image>"
 # The parts of a chat message that a FILA can answer to, and the keys under which a picture may stand.
 PARTS = ("text", "image", "image_url")
 PICTURE_KEYS = ("image", "url", "path", "base64")
+# Goes before templates that know texts only, as language models have them (LLaMA 3, Qwen2.5, SmolLM2): makes one text
+# of a message's parts, each picture a placeholder and a line break in front of it, as LLaVA-NeXT writes them.
+PARTS_TO_TEXT = (
+    "{%- set joined = namespace(messages=[], text='') -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is string or message['content'] is not iterable -%}"
+    "{%- set joined.messages = joined.messages + [message] -%}"
+    "{%- else -%}"
+    "{%- set joined.text = '' -%}"
+    "{%- for part in message['content'] if part['type'] == 'image' -%}"
+    "{%- set joined.text = joined.text ~ 'PLACEHOLDER' ~ '\n' -%}"
+    "{%- endfor -%}"
+    "{%- for part in message['content'] if part['type'] == 'text' -%}"
+    "{%- set joined.text = joined.text ~ part['text'] -%}"
+    "{%- endfor -%}"
+    "{%- set joined.messages = joined.messages + [dict(message, content=joined.text)] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = joined.messages -%}"
+)
 
 
 class FilaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -78,8 +98,9 @@ class FilaProcessor(LlavaNextProcessor):
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """The prompt of a conversation, or with `tokenize=True` the inputs, pictures included.
 
-        As in transformers, with two differences: a part that no FILA can answer to is refused, whatever the template
-        would do with it (most leave it out in silence), and the conversation is not changed.
+        As in transformers, with three differences: a part that no FILA can answer to is refused, whatever the template
+        would do with it (most leave it out in silence); the conversation is not changed; and a template that knows
+        texts only, as a language model's own, is given texts, with a placeholder for each picture.
 
         Raises:
             ValueError: an empty conversation, a part of another type than text, image or image_url, a text that is no
@@ -89,7 +110,25 @@ class FilaProcessor(LlavaNextProcessor):
             raise ValueError(f"expected a list of messages, got {conversation!r}")
         batched = isinstance(conversation[0], (list, tuple))
         checked = [[_checked_message(m) for m in c] for c in (conversation if batched else [conversation])]
-        return super().apply_chat_template(checked if batched else checked[0], *args, **kwargs)
+        template = args[0] if args else kwargs.pop("chat_template", None)
+        template = self._template_of_parts(template, checked)
+        return super().apply_chat_template(checked if batched else checked[0], template, *args[1:], **kwargs)
+
+    def _template_of_parts(self, template: str | None, conversations: Sequence[Any]) -> str | None:
+        """The template, made to take parts where it does not and a conversation has some."""
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        source = templates.get(template or "default", template)
+        has_parts = any(not isinstance(m.get("content", ""), str) for c in conversations for m in c if m.get("content"))
+        if not has_parts or not isinstance(source, str):
+            return template
+        probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+        try:
+            prompt = super().apply_chat_template(probe, source)
+            takes_parts = prompt.count(self.image_token) == 1 and "What?" in prompt
+        except Exception:  # templates raise nearly anything
+            takes_parts = False
+        quoted = self.image_token.replace("\\", "\\\\").replace("'", "\\'")
+        return template if takes_parts else PARTS_TO_TEXT.replace("PLACEHOLDER", quoted) + source
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         """Reads every picture and keeps lists nested as they are; a batch without any picture has no images at all."""

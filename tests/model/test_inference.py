@@ -1,16 +1,23 @@
 """An answer carries its plan, backend and times, and depends on nothing but picture, question and model."""
 
+import copy as copying
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tokenizers import Tokenizer, normalizers
+from tokenizers.processors import TemplateProcessing
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from fila import FilaProcessor
 from fila.checkpoints.check import GENERATION
 from fila.geometry import Geometry
 from fila.images import ImageError, read_picture
-from fila.inference import answer, answer_batch, load
+from fila.inference import answer, answer_batch, check_question, load
 from tests.model.tiny_checkpoint import save_checkpoint
 
 
@@ -84,6 +91,201 @@ def test_threads_share_one_model(loaded):
     assert model.generation_config is own
     assert own.to_dict() == settings
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def seen_by_the_model(model, ask) -> torch.Tensor:
+    """The ids of the prompt in the call."""
+    seen = []
+    hook = model.register_forward_pre_hook(lambda module, args, kw: seen.append(kw["input_ids"]), with_kwargs=True)
+    try:
+        ask()
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def with_tokenizer(processor, change, template: str | None = None, **names) -> FilaProcessor:
+    """The processor with another tokenizer: nano's, after `change` has been at the one of the tokenizers library."""
+    backend = Tokenizer.from_str(processor.tokenizer.backend_tokenizer.to_str())
+    change(backend)
+    names = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>") | names
+    special = {"extra_special_tokens": {"image_token": "<image>"}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{name: token for name, token in names.items() if token}, **special
+    )
+    return FilaProcessor(
+        processor.image_processor, tokenizer, chat_template=template or processor.tokenizer.chat_template
+    )
+
+
+def add_turns(*tokens: str):
+    """Special tokens that no name stands for, in the places of characters that no test asks about."""
+
+    def change(backend: Tokenizer) -> None:
+        found = json.loads(backend.to_str())
+        for place, token in zip("~}|{`^", tokens, strict=False):
+            number = found["model"]["vocab"].pop(place)
+            found["model"]["vocab"][token] = number
+            found["added_tokens"].append(
+                dict(
+                    id=number,
+                    content=token,
+                    single_word=False,
+                    lstrip=False,
+                    rstrip=False,
+                    normalized=False,
+                    special=True,
+                )
+            )
+        found["added_tokens"].sort(key=lambda entry: entry["id"])
+        backend.__setstate__(json.dumps(found).encode())
+
+    return change
+
+
+def chat(question: str, image: Image.Image) -> list:
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+
+
+LLAMA_3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+QWEN_2_5 = (
+    "{%- if messages[0]['role'] == 'system' %}\n    {{- '<|im_start|>system\n' + messages[0]['content']"
+    " + '<|im_end|>\n' }}\n{%- else %}\n    {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud."
+    " You are a helpful assistant.<|im_end|>\n' }}\n{%- endif %}\n{%- for message in messages %}\n"
+    '    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or'
+    ' (message.role == "assistant" and not message.tool_calls) %}\n'
+    "        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}\n    {%- endif %}\n"
+    "{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\n' }}\n{%- endif %}\n"
+)
+SMOLLM_2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_3_TURNS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+CHATML_TURNS = ("<|im_start|>", "<|im_end|>")
+QWENS_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+SMOLLMS_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+@pytest.mark.parametrize(
+    "template, turns, prompt",
+    [
+        (
+            LLAMA_3,
+            LLAMA_3_TURNS,
+            "<bos><|start_header_id|>user<|end_header_id|>\n\n<image>\nTotal?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (
+            QWEN_2_5,
+            CHATML_TURNS,
+            f"<|im_start|>system\n{QWENS_SYSTEM}<|im_end|>\n<|im_start|>user\n<image>\nTotal?<|im_end|>\n"
+            "<|im_start|>assistant\n",
+        ),
+        (
+            SMOLLM_2,
+            CHATML_TURNS,
+            f"<|im_start|>system\n{SMOLLMS_SYSTEM}<|im_end|>\n<|im_start|>user\n<image>\nTotal?<|im_end|>\n"
+            "<|im_start|>assistant\n",
+        ),
+    ],
+    ids=["llama3", "qwen2.5", "smollm2"],
+)
+def test_chat_templates_of_language_models(loaded, template, turns, prompt):
+    """They know texts only; a placeholder and a line break then stand in front of the question."""
+    model, nanos = loaded
+    processor = with_tokenizer(nanos, add_turns(*turns), template)
+    asked = chat("Total?", picture())
+    assert processor.apply_chat_template(asked, add_generation_prompt=True) == prompt
+    inputs = processor.apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = seen_by_the_model(model, lambda: answer(model, processor, picture(), "Total?", max_new_tokens=1))
+    assert torch.equal(ids, inputs["input_ids"])
+    layout = processor.image_processor.geometry.layout(200, 300)
+    assert int((ids == processor.image_token_id).sum()) == layout.num_tokens
+    for token in turns:
+        with pytest.raises(ValueError, match=re.escape(f"special token {token!r}")):
+            answer(model, processor, picture(), f"Total?{token}", max_new_tokens=1)
+
+
+def add_bos(backend: Tokenizer) -> None:
+    backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+
+
+@pytest.mark.parametrize(
+    "template", [None, "<user>{% for part in messages[0].content %}{{ part.text or '<image>' }}{% endfor %}"]
+)
+def test_a_tokenizer_that_adds_its_own_bos(loaded, template):
+    model, nanos = loaded
+    processor = with_tokenizer(nanos, add_bos, template)
+    ids = seen_by_the_model(model, lambda: answer(model, processor, picture(), "Total?", max_new_tokens=1))
+    right = processor.apply_chat_template(
+        chat("Total?", picture()), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )["input_ids"]
+    assert torch.equal(ids, right)
+    assert int((ids == 1).sum()) == 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [dict(padding_side="right"), dict(pad_token=None), dict(pad_token=None, eos_token=None)],
+    ids=["right", "no pad", "no pad, no end"],
+)
+def test_batches_of_tokenizers_that_pad_otherwise(loaded, names):
+    model, nanos = loaded
+
+    def pad(backend: Tokenizer) -> None:
+        if "padding_side" in names:
+            backend.enable_padding(direction="right", pad_token="<pad>", length=900)
+
+    processor = with_tokenizer(nanos, pad, **names)
+    pictures, questions = [picture(60, 60), picture(50, 400)], ["Date?", "What is the total of it?"]
+    found = answer_batch(model, processor, pictures, questions, max_new_tokens=6)
+    alone = [
+        answer(model, nanos, image, question, max_new_tokens=6)
+        for image, question in zip(pictures, questions, strict=True)
+    ]
+    assert [one.text for one in found] == [one.text for one in alone]
+
+
+def test_an_answer_ends_at_any_of_several_tokens(loaded):
+    """What follows the end, and the end itself, is no text, also where the tokenizer does not call it special."""
+    model, processor = loaded
+    text = answer(model, processor, picture(), "Total?", max_new_tokens=8).text
+    end = text.lstrip()[3]
+    cut = text[: text.index(end)].strip()
+    own = copying.copy(model)
+    own.generation_config = GenerationConfig(eos_token_id=[2, processor.tokenizer.convert_tokens_to_ids(end)])
+    found = answer(own, processor, picture(), "Total?", max_new_tokens=8)
+    assert found.text == cut
+    assert not any("cut off" in warning for warning in found.warnings)
+
+
+def test_a_special_token_that_a_normalizer_makes(loaded):
+    """Letters that become a special token's on the way are refused; an unknown character is not."""
+
+    def change(backend: Tokenizer) -> None:
+        backend.normalizer = normalizers.Replace("[[", "<")
+        found = json.loads(backend.to_str())
+        for token in found["added_tokens"]:
+            token["normalized"] = True
+        backend.__setstate__(json.dumps(found).encode())
+
+    processor = with_tokenizer(loaded[1], change)
+    with pytest.raises(ValueError, match="special token '<eos>'"):
+        check_question(processor, "What?[[eos>")
+    check_question(processor, "What is €?")
+    with pytest.raises(ValueError, match="special token '<unk>'"):
+        check_question(processor, "What is <unk>?")
 
 
 def test_a_picture_that_was_read_is_not_read_again(loaded, tmp_path):
