@@ -38,6 +38,17 @@ HEADINGS = ("picture", "question", "answer", "expected", "right", "encode s", "t
 
 def main(arguments: list[str] | None = None) -> int:
     """Asks everything, prints a table, and writes an explaining picture for each question."""
+    try:
+        return _run(arguments)
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        if sys.stderr is not None:
+            print(f"demo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=FOLDER / "out", help="folder for the explaining pictures")
     parser.add_argument("--model", help="checkpoint folder (default: the shipped fila-nano)")
@@ -45,12 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     start = time.perf_counter()
-    try:
-        model, processor = inference.load(options.model, backend=options.backend)
-        options.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        print(f"demo: error: {error}", file=sys.stderr)
-        return 2
+    model, processor = inference.load(options.model, backend=options.backend)
+    options.out.mkdir(parents=True, exist_ok=True)
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{parameters / 1e6:.1f} million parameters, {str(model.dtype).removeprefix('torch.')} on {model.device}, "
@@ -64,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
             said = inference.answer(model, processor, read, question)
         layout = read.layout(processor.image_processor.geometry)
         drawn = visualize.draw(read.image, layout, question, said.text, gates)
-        drawn.save(options.out / f"{number}-{Path(picture).stem}.png")
+        visualize.save(drawn, options.out / f"{number}-{Path(picture).stem}.png")
         right += said.text == expected
         backend = said.backend
         rows.append(

@@ -4,6 +4,8 @@ Importing the package registers its classes with transformers' Auto classes, so 
 Auto classes take classes, not names, so the model's modules are imported here; commands, answers and loading are not.
 """
 
+import fila.startup  # noqa: F401, I001 (first: it serves the command while the others run)
+
 from transformers import (
     AutoConfig,
     AutoModel,

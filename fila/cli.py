@@ -1,35 +1,44 @@
 """Runs the commands `fila ask` and `fila info`.
 
-Exit codes: 0, everything was answered; 2, something that the user can put right, with one line on stderr that says what
-was expected and what came; 130 after Ctrl-C; 141 if the reader of the output has gone.
+Exit codes: 0, everything was answered; 2, something was not, with one line on stderr that says what was expected and
+what came; 130 after Ctrl-C; 141 if the reader of the output has gone.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
+import stat
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
-from fila.errors import memory_for, one_line
+from fila import startup, streams
+from fila.errors import memory_for, one_line, printable
+from fila.startup import INTERRUPTED
 
 PACKAGES = ("fila", "transformers", "tokenizers", "safetensors", "pillow")
 STDIN = "-"
-BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 2, 130, 141
+BAD_INPUT, CLOSED_PIPE = 2, 141
+LONGEST_NAME = 200  # characters of a picture's name in messages
 QUESTION_HELP = """\
-The question comes last and is asked of each picture by itself. `-` reads a picture from standard input. A picture that
-cannot be used does not stop the others."""
+The question comes last and is asked of each picture by itself. `-` reads a picture from standard input. Behind `--` all
+words are pictures and the question, also those that begin with a dash. A picture that cannot be used does not stop the
+others."""
+# Of a file on its device: the same for every name that it has.
+Identity = tuple[int, int]
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as all errors are here."""
 
     def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message} (see {self.prog} --help)")
+        hint = "words that begin with a dash go behind --; " if message.startswith("unrecognized arguments") else ""
+        raise _UsageError(f"{message} ({hint}see {self.prog} --help)")
 
 
 class _UsageError(ValueError):
@@ -51,7 +60,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         "ask", help="answer a question about one picture or several", description="Answer a question about pictures.",
         epilog=QUESTION_HELP,
     )  # fmt: skip
-    ask.add_argument("words", nargs="+", metavar="PICTURE... QUESTION", help="files, or - for standard input; question")
+    ask.add_argument("words", nargs="*", metavar="PICTURE... QUESTION", help="files, or - for standard input; question")
     ask.add_argument("--explain", metavar="OUT.png", help="also draw tiles, seams and gates; out-1.png, ... of several")
     ask.add_argument("--json", action="store_true", help="print one JSON object a line and picture")
     ask.add_argument("--model", metavar="PATH", help="checkpoint folder, or hf:OWNER/NAME (default: fila-nano)")
@@ -70,34 +79,49 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = _run(arguments)
-        sys.stdout.flush()
-        return code
-    except _UsageError as error:
-        return _fail(error)
+        # Other packages' warnings are for developers; a user reads ours.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            streams.check_output()
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # What is still buffered goes nowhere; else Python complains at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except streams.ReaderGone:
         return CLOSED_PIPE
+    except Exception as error:
+        return _fail(error)
+    finally:
+        if arguments is None:
+            startup.interrupt_at_once()  # nothing is left to do but to end
 
 
 def _run(arguments: list[str]) -> int:
     parser, commands = build_parser()
-    if not arguments or arguments[0] not in commands:
-        parser.parse_args(arguments)  # --help, or an error
-        raise AssertionError("a command that is known was not found")
-    # Intermixed, so that options may stand between picture and question.
-    options = commands[arguments[0]].parse_intermixed_args(arguments[1:])
-    return _ask(options) if arguments[0] == "ask" else _info(options)
+    if arguments[:1] == ["--"]:
+        arguments = arguments[1:]
+    try:
+        if not arguments or arguments[0] not in commands:
+            parser.parse_args(arguments)  # --help, or an error
+            raise AssertionError("a command that is known was not found")
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        # Intermixed, so that options may stand between picture and question.
+        options = commands[arguments[0]].parse_intermixed_args(arguments[1:end])
+    except SystemExit:  # of --help, which argparse has written
+        streams.flush()
+        raise
+    words = arguments[end + 1 :]
+    if arguments[0] == "ask":
+        options.words += words
+        return _ask(options)
+    if words:
+        raise _UsageError(f"expected no words behind --, got {words} (see fila info --help)")
+    return _info(options)
 
 
 def _info(options: argparse.Namespace) -> int:
     found = report()
-    print(json.dumps(found, indent=2) if options.json else format_report(found))
+    streams.write(json.dumps(found, indent=2) if options.json else format_report(found))
     return 0
 
 
@@ -144,29 +168,40 @@ def format_report(found: dict[str, Any]) -> str:
 
 
 def _ask(options: argparse.Namespace) -> int:
+    if not options.words:
+        raise _UsageError("expected at least one picture and then a question, got none")
     *pictures, question = options.words
     _check_words(pictures, question)
-    explained = _explain_paths(options.explain, pictures)
+    sources = _identities(pictures)
+    targets = _explain_paths(options.explain, len(pictures), sources)
     model, processor = _load(options, question)
+    startup.interrupt_by_exception()
 
     code = 0
-    for picture, path in zip(pictures, explained, strict=True):
-        name = "standard input" if picture == STDIN else picture
+    for picture, target in zip(pictures, targets, strict=True):
+        name = "standard input" if picture == STDIN else _shown(picture)
         try:
-            record = _answer(model, processor, picture, name, question, options.max_new_tokens, path)
-        except (ValueError, MemoryError) as error:
-            code = _fail(error)
-            record = {"picture": name, "question": question, "error": one_line(error)}
-            if options.json:
-                print(json.dumps(record), flush=True)
-            continue
-        for warning in record["warnings"]:
-            _say("warning", warning if warning.startswith(name) else f"{name}: {warning}")
-        if options.json:
-            print(json.dumps(record), flush=True)
+            record = _answer(model, processor, picture, name, question, options.max_new_tokens, target, sources)
+        except Exception as error:  # the other pictures can still be answered
+            message = _message(error)
+            code = _fail(message if name in message else f"{name}: {message}")
+            record = {"question": question, "error": message}
         else:
-            print(record["text"] if len(pictures) == 1 else f"{name}: {record['text']}", flush=True)
+            for warning in record["warnings"]:
+                _say("warning", one_line(warning if warning.startswith(name) else f"{name}: {warning}"))
+        record = {"picture": name if picture == STDIN else picture} | record
+        if options.json:
+            streams.write(json.dumps(record))
+        elif "error" not in record:
+            several = len(pictures) > 1
+            streams.write(f"{name}: {printable(record['text'])}" if several else printable(record["text"], "\n\t"))
     return code
+
+
+def _shown(picture: str) -> str:
+    """The name of a picture in messages: one line, of characters that can be shown."""
+    name = printable(picture)
+    return name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "..."
 
 
 def _check_words(pictures: Sequence[str], question: str) -> None:
@@ -180,90 +215,126 @@ def _check_words(pictures: Sequence[str], question: str) -> None:
         raise _UsageError(f"expected {STDIN} (standard input) at most once, got it {pictures.count(STDIN)} times")
 
 
-def _explain_paths(out: str | None, pictures: Sequence[str]) -> list[Path | None]:
+def _identity(file: str | Path | int) -> Identity | None:
+    """The regular file that a name or an open file stands for."""
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+
+
+def _identities(pictures: Sequence[str]) -> dict[Identity, str]:
+    """The files that are read or written, with their names in messages: no explaining picture may replace them."""
+    found: dict[Identity | None, str] = {_identity(picture): f"the picture {picture!r}" for picture in pictures}
+    streams_used = {"standard output": sys.stdout} | ({"standard input": sys.stdin} if STDIN in pictures else {})
+    for name, stream in streams_used.items():
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or no file
+            found[_identity(stream.fileno())] = name
+    return {identity: name for identity, name in found.items() if identity is not None}
+
+
+def _explain_paths(out: str | None, count: int, sources: Mapping[Identity, str]) -> list[Path | None]:
     """The file of each picture's explanation; a file that cannot be written is refused before any work."""
     if out is None:
-        return [None] * len(pictures)
+        return [None] * count
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise _UsageError(f"--explain: expected a file name ending in .png, got {out!r}")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise _UsageError(f"--explain: expected an existing folder, got {str(path.parent)!r}")
-    paths = [path] if len(pictures) == 1 else [
-        path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, len(pictures) + 1)
-    ]  # fmt: skip
+    paths = [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, count + 1)]
     for target in paths:
-        if target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK):
+        # A new file goes beside the target and then takes its place; a link is followed.
+        folder = os.path.dirname(os.path.realpath(target))
+        writable = os.access(folder, os.W_OK) and (os.access(target, os.W_OK) or not os.path.exists(target))
+        too_long = len(os.fsencode(target.name)) > os.pathconf(folder, "PC_NAME_MAX") if writable else False
+        if os.path.isdir(target) or not writable or too_long:
             raise _UsageError(f"--explain: expected a file that can be written, got {str(target)!r}")
-        for picture in pictures:
-            if picture != STDIN and target.exists() and os.path.exists(picture) and target.samefile(picture):
-                raise _UsageError(
-                    f"--explain: expected another file than the picture {picture!r}, which it would replace"
-                )
+        _check_target(target, sources)
     return list(paths)
 
 
+def _check_target(target: Path, sources: Mapping[Identity, str]) -> None:
+    if (identity := _identity(target)) in sources:
+        assert identity is not None
+        raise _UsageError(f"--explain: expected another file than {sources[identity]}, which it would replace")
+
+
 def _load(options: argparse.Namespace, question: str) -> tuple[Any, Any]:
-    # Other packages' warnings are for developers; a user reads ours.
-    warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)\b")
     from fila.inference import check_question, load
     from fila_kernels import dispatch
 
-    try:
-        dispatch.resolve(options.backend)
-    except (ValueError, RuntimeError) as error:
-        raise _UsageError(one_line(error)) from error
-    try:
+    dispatch.resolve(options.backend)
+    with memory_for("the model"):
         model, processor = load(options.model, device=options.device, dtype=options.dtype, backend=options.backend)
-        check_question(processor, question)
-    except (ValueError, MemoryError) as error:
-        raise _UsageError(one_line(error)) from error
+    check_question(processor, question)
     return model, processor
 
 
 def _answer(
-    model: Any, processor: Any, picture: str, name: str, question: str, max_new_tokens: int, explained: Path | None
+    model: Any,
+    processor: Any,
+    picture: str,
+    name: str,
+    question: str,
+    max_new_tokens: int,
+    target: Path | None,
+    sources: Mapping[Identity, str],
 ) -> dict[str, Any]:
-    """One answer as plain values; `explained` names the file of the explaining picture, if there is to be one."""
+    """One answer as plain values; `target` is the file of the explaining picture, if there is to be one."""
     from fila import inference, visualize
     from fila.images import read_picture
 
-    # Read once, for the model and for the drawing.
-    read = read_picture(_source(picture), max_side=processor.image_processor.max_image_side, name=name)
-    with visualize.watch_gates(model) as gates, memory_for(f"{name} and its answer"):
-        found = inference.answer(model, processor, read, question, max_new_tokens=max_new_tokens)
-    record = asdict(found)
-    if explained is not None:
-        layout = read.layout(processor.image_processor.geometry)
-        try:
-            visualize.draw(read.image, layout, question, found.text, gates).save(explained)
-        except OSError as error:
-            raise ValueError(f"--explain: expected a file that can be written, got: {one_line(error)}") from error
-        record["explained"] = {
-            "file": str(explained),
-            "gates": [
-                {"vit_layer": g.vit_layer, "convnext_stage": g.convnext_stage, "alpha": g.alpha, "strength": g.strength}
-                for g in gates
-            ],
-        }
+    with memory_for(f"{name} and its answer"):
+        # Read once, for the model and for the drawing.
+        read = read_picture(_source(picture), max_side=processor.image_processor.max_image_side, name=name)
+        with contextlib.ExitStack() as stack:
+            gates = stack.enter_context(visualize.watch_gates(model)) if target else []
+            found = inference.answer(model, processor, read, question, max_new_tokens=max_new_tokens)
+        record = asdict(found)
+        del record["picture"]
+        if target is None:
+            return record
+        drawn = visualize.draw(read.image, read.layout(processor.image_processor.geometry), question, found.text, gates)
+    _check_target(target, sources)
+    try:
+        visualize.save(drawn, target)
+    except OSError as error:
+        raise ValueError(f"--explain: expected a file that can be written, got: {one_line(error)}") from error
+    record["explained"] = {
+        "file": str(target),
+        "gates": [
+            {"vit_layer": g.vit_layer, "convnext_stage": g.convnext_stage, "alpha": g.alpha, "strength": g.strength}
+            for g in gates
+        ],
+    }
     return record
 
 
-def _source(picture: str) -> str | bytes:
+def _source(picture: str) -> str | IO[bytes]:
     if picture != STDIN:
         return picture
+    if sys.stdin is None or getattr(sys.stdin, "closed", False):
+        raise ValueError("standard input: expected the bytes of a picture, got a closed one")
     if sys.stdin.isatty():
         raise ValueError("standard input: expected the bytes of a picture, got a terminal")
-    return sys.stdin.buffer.read()
+    return sys.stdin.buffer  # read as far as it can be a picture: a pipe may have no end
+
+
+def _message(error: object) -> str:
+    """One line; with the name of its class where the error is none that was foreseen."""
+    foreseen = isinstance(error, (str, ValueError, MemoryError, OSError, RuntimeError))
+    return one_line(error) if foreseen else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _fail(error: object) -> int:
-    _say("error", one_line(error))
+    _say("error", _message(error))
     return BAD_INPUT
 
 
 def _say(kind: str, message: str) -> None:
-    print(f"fila: {kind}: {message}", file=sys.stderr, flush=True)
+    streams.say(f"fila: {kind}: {message}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
 """Defines the errors about pictures, puts any error into one line, and recognises running out of memory."""
 
+import errno
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-# Allocators' own words: torch has an error class for accelerators only, and not for every way of running out.
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# Allocators' own words, in lower case: torch has an error class for accelerators only, and not for every way of running
+# out. "bad_alloc" is what C++ says, in the native operation; the last is oneDNN's.
+OUT_OF_MEMORY = (
+    "defaultcpuallocator", "out of memory", "alloc_failed", "outofmemory", "memoryallocation", "bad_alloc",
+    "bad_array_new_length", "cannot allocate memory", "not enough memory", "could not create a memory",
+)  # fmt: skip
+LINE_BREAKS_AND_DIRECTIONS = "\u2028\u2029\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class ImageError(ValueError):
@@ -17,21 +24,45 @@ class ImageWarning(UserWarning):
     """A picture that can be used, though not all of it was."""
 
 
+def printable(text: str, kept: str = "") -> str:
+    """The text with what a terminal would obey, or could not show, written as Python escapes.
+
+    Those are control characters, line breaks, marks of writing direction, and bytes of a file name that are no text.
+
+    Args:
+        kept: characters to leave as they are.
+
+    Example:
+        >>> print(printable("a\\nb\\x1b[2J\\udcff.png"))
+        a\\nb\\x1b[2J\\udcff.png
+    """
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if c not in kept and (c in LINE_BREAKS_AND_DIRECTIONS or unicodedata.category(c) in ("Cc", "Cs"))
+        else c
+        for c in text
+    )
+
+
 def one_line(error: object) -> str:
-    """The message without line breaks; the name of the class where there is none.
+    """The message without line breaks and control characters; the name of the class where there is none.
 
     Example:
         >>> one_line(ValueError("expected one,  got\\n two"))
         'expected one, got two'
     """
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator, of the CPU or of an accelerator, found no memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (RuntimeError, SystemError)) and any(
+        words in str(error).lower() for words in OUT_OF_MEMORY
+    )
 
 
 @contextmanager
@@ -46,7 +77,7 @@ def memory_for(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, SystemError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         raise MemoryError(f"expected enough memory for {what}, got: {one_line(error)}") from error

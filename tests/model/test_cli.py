@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,6 +106,7 @@ def test_standard_input(ask, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Stdin())
     code, out, _ = ask("-", QUESTION, "--json")
     assert (code, json.loads(out)["picture"]) == (0, "standard input")
+    Stdin.buffer = io.BytesIO()
     one_error(ask("-", QUESTION), "standard input: expected a picture", "empty")
 
 
@@ -189,6 +191,127 @@ def test_bad_pictures(ask, name, make, words):
     one_error(ask(name, QUESTION), name, *words)
 
 
+# --- streams, names and files
+
+
+def test_words_behind_two_dashes(ask):
+    shutil.copy("a.png", "-dash.png")
+    assert ask("--", "-dash.png", QUESTION)[0] == 0
+    code, out, _ = ask("a.png", "--json", "--", "-dash.png", "-What?")
+    assert [json.loads(line)["picture"] for line in out.splitlines()] == ["a.png", "-dash.png"]
+    assert code == 0
+    one_error(ask("--"), "at least one picture", "got none")
+    one_error(ask("-dash.png", QUESTION), "-dash.png", "behind --")
+    assert main(["--", "ask", "--max-new-tokens", "2", "a.png", QUESTION]) == 0
+
+
+@pytest.mark.parametrize("name", ["a\nb.png", "a\x1b[2J.png", "a\udcff.png", "a\u202eb.png", "x" * 300 + ".png"])
+def test_names_that_are_hard_to_print(ask, name):
+    code, out, err = ask(name, "a.png", name, QUESTION)
+    assert (code, out.count("\n")) == (BAD_INPUT, 1)
+    lines = [line for line in err.splitlines() if "error" in line]
+    assert len(lines) == 2
+    assert all(c.isprintable() for line in lines for c in line)
+    code, out, _ = ask(name, QUESTION, "--json")
+    assert json.loads(out)["picture"] == name
+
+
+class Stream(io.StringIO):
+    """A standard stream that fails as a file does."""
+
+    def __init__(self, error: OSError | None, encoding: str = "utf-8"):
+        super().__init__()
+        self.error, self.name_of_encoding = error, encoding
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.name_of_encoding
+
+    def write(self, text: str) -> int:
+        text.encode(self.encoding)
+        return super().write(text)
+
+    def flush(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("command", [["ask", "a.png", QUESTION], ["info"]])
+@pytest.mark.parametrize("output, word", [(None, "closed"), (Stream(OSError(28, "No space left on device")), "space")])
+def test_output_that_takes_nothing(ask, monkeypatch, capsys, command, output, word):
+    monkeypatch.setattr(sys, "stdout", output)
+    assert main(command) == BAD_INPUT
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("fila: error: standard output: expected one that can be written to, got")
+    assert word in line
+
+
+@pytest.mark.parametrize("errors", [None, Stream(OSError(28, "No space left on device"))])
+def test_messages_that_nobody_can_get(ask, monkeypatch, errors):
+    monkeypatch.setattr(sys, "stderr", errors)
+    code, out, _ = ask("none.png", "a.png", QUESTION)
+    assert (code, out.count("\n")) == (BAD_INPUT, 1), "a message went among the answers"
+
+
+def test_output_that_lacks_characters(ask, monkeypatch, loaded):
+    said = SimpleNamespace(text="5 €\x1b", warnings=(), picture="")
+    monkeypatch.setattr(fila.inference, "answer", lambda *args, **kwargs: said)
+    monkeypatch.setattr("fila.cli.asdict", lambda found: dict(vars(found)))
+    output = Stream(None, "ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert main(["ask", "a.png", QUESTION]) == 0
+    assert output.getvalue() == "5 \\u20ac\\x1b\n"
+
+
+def test_closed_input(ask, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    one_error(ask("-", QUESTION), "standard input: expected the bytes of a picture, got a closed one")
+
+
+def test_an_endless_input(ask, monkeypatch):
+    with open("/dev/zero", "rb") as zeros:
+        pipe = SimpleNamespace(read=zeros.read, seekable=lambda: False)
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe, isatty=lambda: False))
+        one_error(ask("-", QUESTION), "standard input: expected a picture", "something else")
+
+
+def test_explaining_replaces_no_picture(ask, monkeypatch):
+    before = Path("a.png").read_bytes()
+    os.link("a.png", "hard.png")
+    os.symlink("a.png", "soft.png")
+    for name in ("hard.png", "soft.png", "./a.png"):
+        one_error(ask("a.png", QUESTION, "--explain", name), "would replace")
+    with open("a.png") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        one_error(ask("-", QUESTION, "--explain", "hard.png"), "standard input", "would replace")
+    shutil.copy("a.png", "out-2.png")
+    one_error(ask("a.png", "out-2.png", QUESTION, "--explain", "out.png"), "'out-2.png'", "would replace")
+    assert Path("a.png").read_bytes() == Path("out-2.png").read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_last_explanation(ask, monkeypatch):
+    Path("old.png").write_bytes(b"old")
+    os.chmod("old.png", 0o640)
+    os.symlink("old.png", "link.png")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", refuse)
+        one_error(ask("a.png", QUESTION, "--explain", "link.png"), "can be written", "No space left")
+    assert Path("old.png").read_bytes() == b"old"
+    assert sorted(os.listdir()) == ["a.png", "link.png", "old.png"]
+    assert ask("a.png", QUESTION, "--explain", "link.png")[0] == 0
+    assert Path("link.png").is_symlink()
+    assert Image.open("old.png").width == 1280
+    assert os.stat("old.png").st_mode & 0o777 == 0o640
+    os.symlink("/dev/full", "full.png")
+    one_error(ask("a.png", QUESTION, "--explain", "full.png"), "can be written")
+    one_error(ask("a.png", QUESTION, "--explain", "x" * 300 + ".png"), "can be written")
+    one_error(ask("a.png", QUESTION, "--explain", "y" * 300 + "/x.png"), "existing folder")
+
+
 # --- arguments
 
 
@@ -215,12 +338,26 @@ def test_bad_arguments(ask, arguments, words):
     one_error(ask(*arguments), *words)
 
 
-def test_no_memory_for_an_answer(ask, monkeypatch):
+@pytest.mark.parametrize("words", ["DefaultCPUAllocator:\n can't allocate memory", "std::bad_alloc"])
+def test_no_memory_for_an_answer(ask, monkeypatch, words):
     def refuse(*args, **kwargs):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator:\n can't allocate memory")
+        raise RuntimeError(words)
 
     monkeypatch.setattr(fila.inference, "answer", refuse)
-    one_error(ask("a.png", QUESTION), "expected enough memory for a.png and its answer", "can't allocate memory")
+    one_error(ask("a.png", QUESTION), "expected enough memory for a.png and its answer", words.split()[-1])
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_and_stops_no_other_picture(ask, monkeypatch):
+    answer = fila.inference.answer
+
+    def fail_once(*args, **kwargs):
+        monkeypatch.setattr(fila.inference, "answer", answer)
+        raise KeyError("x\ny")
+
+    monkeypatch.setattr(fila.inference, "answer", fail_once)
+    code, out, err = ask("a.png", "a.png", QUESTION)
+    assert (code, out.count("\n")) == (BAD_INPUT, 1)
+    assert "fila: error: a.png: KeyError: 'x\\ny'" in err
 
 
 def test_a_backend_that_cannot_run(ask, monkeypatch):
@@ -336,6 +473,51 @@ def test_control_c_leaves_no_traceback(checkpoint, tmp_path):
     _, err = running.communicate(timeout=60)
     assert running.returncode == INTERRUPTED
     assert b"Traceback" not in err
+
+
+def test_streams_of_the_program(checkpoint, tmp_path):
+    """In a process of its own: closed streams, an output that is full, and names of files that take their numbers."""
+    Image.new("RGB", (120, 90), "white").save(tmp_path / "a.png")
+    ask = f'"{sys.executable}" -m fila ask a.png "{QUESTION}" --model "{checkpoint}" --max-new-tokens 1'
+    commands = {
+        f"{ask} >&- <&- --explain out.png": "standard output: expected one that can be written to, got a closed one",
+        f"{ask} > /dev/full": "standard output: expected one that can be written to, got: No space left on device",
+    }
+    for command, message in commands.items():
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == BAD_INPUT
+        assert [line for line in done.stderr.splitlines() if "warning" not in line] == [f"fila: error: {message}"]
+
+
+@pytest.mark.parametrize("module", ["fila", "fila.cli"])
+def test_control_c_in_the_first_seconds(module, tmp_path):
+    """While torch and transformers are imported, before any code of the command runs."""
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *args):\n"
+        "        if name == 'transformers': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        f"sys.argv = ['-m', 'info']; sys.orig_argv = [sys.executable, '-m', {module!r}, 'info']\n"
+        f"runpy.run_module({module!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(), check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, b"", b"")
+
+
+def test_a_library_leaves_control_c_alone(tmp_path):
+    code = "import signal, fila.startup; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(), check=True)
+    assert done.stdout == b"True\n"
 
 
 def environment() -> dict[str, str]:

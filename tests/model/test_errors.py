@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fila.errors import memory_for, one_line
+from fila.errors import memory_for, one_line, printable
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,9 @@ from fila.errors import memory_for, one_line
         torch.OutOfMemoryError("Tried to allocate 2 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator:\n can't allocate memory"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDNN_STATUS_ALLOC_FAILED"),
+        OSError(12, "Cannot allocate memory"),
     ],
 )
 def test_every_allocators_words_are_known(error: Exception) -> None:
@@ -28,3 +31,9 @@ def test_other_errors_pass_through() -> None:
 def test_one_line() -> None:
     assert one_line(ValueError("expected one,\n  got two")) == "expected one, got two"
     assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert one_line("a\x1b[2J \udcff \u202eb") == "a\\x1b[2J \\udcff \\u202eb"
+
+
+def test_letters_of_every_script_stay_as_they_are() -> None:
+    assert printable("Straße 東京 \u3000 می\u200cخواهم 👩\u200d🚀") == "Straße 東京 \u3000 می\u200cخواهم 👩\u200d🚀"
+    assert printable("a\tb\n", kept="\n\t") == "a\tb\n"

@@ -1,0 +1,94 @@
+"""Writes to standard output and standard error, whatever state they are in.
+
+Either may be closed, full, open for reading only, or of an encoding that lacks a character. An answer that cannot be
+written is an `OutputError`; a message that cannot be written is lost, since there is no other place to say so.
+"""
+
+import contextlib
+import os
+import sys
+from typing import Any
+
+
+class OutputError(OSError):
+    """Standard output cannot be written to."""
+
+
+class ReaderGone(OutputError):
+    """The process that read standard output has ended."""
+
+
+def check_output() -> None:
+    """Finds out before any work that standard output takes nothing, where that can be known.
+
+    Raises:
+        OutputError: it is closed, or open for reading only.
+    """
+    if sys.stdout is None or sys.stdout.closed:
+        raise OutputError("standard output: expected one that can be written to, got a closed one")
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return  # not a file
+    try:
+        os.write(descriptor, b"")
+    except OSError as error:
+        raise _output_error(error) from error
+
+
+def write(line: str) -> None:
+    """Writes a line to standard output at once.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        sys.stdout.write(_encodable(line, sys.stdout) + "\n")
+    except (OSError, ValueError) as error:
+        raise _output_error(error) from error
+    flush()
+
+
+def flush() -> None:
+    """Writes what standard output still holds.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        raise _output_error(error) from error
+
+
+def say(line: str) -> None:
+    """Writes a line to standard error, if that is possible."""
+    if sys.stderr is None:  # `print` would take standard output instead
+        return
+    try:
+        sys.stderr.write(_encodable(line, sys.stderr) + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        _let_go(sys.stderr)
+
+
+def _output_error(error: Exception) -> OutputError:
+    _let_go(sys.stdout)
+    if isinstance(error, BrokenPipeError):
+        return ReaderGone("standard output: its reader has gone")
+    reason = getattr(error, "strerror", None) or error
+    return OutputError(f"standard output: expected one that can be written to, got: {reason}")
+
+
+def _encodable(text: str, stream: Any) -> str:
+    """The text with escapes for the characters that the stream's encoding lacks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _let_go(stream: Any) -> None:
+    """What the stream still holds goes nowhere; else Python complains when it ends, and changes the exit code."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
