@@ -3,5 +3,6 @@
 from fila_kernels import reference
 from fila_kernels.functional import crop_resize, cvfm, explain
 from fila_kernels.module import CVFM
+from fila_kernels.validation import check_gpu_values
 
-__all__ = ["crop_resize", "cvfm", "CVFM", "explain", "reference"]
+__all__ = ["check_gpu_values", "crop_resize", "cvfm", "CVFM", "explain", "reference"]

@@ -78,6 +78,8 @@ def requested(backend: str | None) -> tuple[str, str]:
     source = "requested by the caller"
     if backend is None or backend == AUTO:
         backend, source = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, f"set by {ENVIRONMENT_VARIABLE}"
+    if not isinstance(backend, str):  # a list, say, which nothing can look up
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or 'auto', got {backend!r}")
     if backend in RENAMED:
         raise ValueError(f"backend: {backend!r} ({source}) is now {RENAMED[backend]}")
     if backend != AUTO and backend not in BACKENDS:

@@ -1,84 +1,21 @@
-"""The public functions. They validate their arguments once and hold the autograd, outside the operators."""
-
-from typing import Any
+"""The public functions: they validate their arguments once, at the edge."""
 
 import torch
 from torch import Tensor
 
-from fila_kernels import dispatch, ops, planner, reference
+from fila_kernels import autograd, dispatch, ops, planner, reference
 from fila_kernels.call import DIRECTIONS, Shape
-from fila_kernels.validation import check_crop_resize, check_cvfm
-
-_ops = getattr(torch.ops, ops.NAMESPACE)
+from fila_kernels.validation import check_crop_resize, check_cvfm, check_explain, check_plan, check_settings, check_tensors
 
 
-class _Once(torch.autograd.Function):
-    """Passes gradients on as functions of what they were computed from, and refuses to differentiate them again."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "fila_kernels: double backward is not implemented; crop_resize and cvfm can be differentiated once. "
-            "backend='reference' is differentiable any number of times"
-        )
+NAMES = (
+    "tokens", "features", "boxes", "image_index", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "alpha",
+)  # fmt: skip
 
 
-def _once(gradients: tuple[Tensor, ...], sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Only create_graph=True leaves gradients on within a backward pass."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Once.apply(len(gradients), *gradients, *sources)
-    return gradients
-
-
-class _CropResize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, boxes: Tensor, image_index: Tensor, size: int, backend: str) -> Tensor:
-        ctx.save_for_backward(boxes, image_index)
-        ctx.maps, ctx.backend = tuple(features.shape[:3]), backend
-        return _ops.crop_resize(features, boxes, image_index, size, backend)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        boxes, image_index = ctx.saved_tensors
-        with torch.no_grad():
-            found = _ops.crop_resize_backward(grad, boxes, image_index, *ctx.maps, ctx.backend)
-        return *_once((found,), (grad,)), None, None, None, None
-
-
-class _Cvfm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor,
-        fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, alpha: Tensor,
-        num_prefix_tokens: int, gate: str, plan: str, recompute: bool, backend: str,
-    ) -> Tensor:  # fmt: skip
-        inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
-        needs = ctx.needs_input_grad
-        save_hidden = not recompute and any(needs[i] for i in (0, 1, 4, 5, 6))
-        save_branch = not recompute and gate == "product" and (save_hidden or needs[7] or needs[8])
-        # The scale gate finds alpha's gradient through the hidden activation.
-        save_hidden = save_hidden or (not recompute and gate == "scale" and needs[8])
-        out, hidden, branch = _ops.cvfm_forward(
-            *inputs, num_prefix_tokens, gate, plan, save_hidden, save_branch, backend
-        )
-        ctx.save_for_backward(*inputs, hidden, branch)
-        ctx.settings, ctx.backend = (num_prefix_tokens, gate, plan), backend
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6, 7, 8)]
-        # Read once: checkpointing computes saved tensors again at every look.
-        saved = ctx.saved_tensors
-        with torch.no_grad():
-            found = _ops.cvfm_backward(grad, *saved, *ctx.settings, needs, ctx.backend)
-        found = _once(found, (grad, *saved[:9]))
-        tokens, features, *parameters = (g if n else None for g, n in zip(found, needs, strict=True))
-        return tokens, features, None, None, *parameters, None, None, None, None, None
+def _checked_boxes(features: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
+    """The boxes for the definition, checked by an operator: a compiler would drop a check in Python."""
+    return getattr(torch.ops, ops.NAMESPACE).checked_boxes(boxes.detach(), image_index, features.shape[0])
 
 
 def crop_resize(
@@ -98,14 +35,16 @@ def crop_resize(
         [T, size, size, C] in the dtype of `features`, a new contiguous tensor.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, and on CPU a non-finite or inverted box or an index out of range.
+        ValueError: a wrong type, shape, dtype or device, and on CPU a non-finite or inverted box or an index out of range;
+            on a GPU values are looked at only after `check_gpu_values()`.
         RuntimeError: a backend that was asked for cannot run.
 
     On whole-cell boxes this equals, for each tile::
 
         F.interpolate(maps[image_index[t], :, y0:y1, x0:x1][None], size=(size, size), mode="bilinear")
 
-    A box off the map reads the border cell. Differentiable once, by `features`; the backward pass is deterministic.
+    A box off the map reads the border cell. Differentiable once, by `features`, in reverse mode; the backward pass is
+    deterministic. `torch.func.grad` and `vmap` work (`vmap` as a loop); forward mode is refused.
     Source: the crop and resize of FILA (arXiv 2412.08378, section 3); half-pixel bilinear is our choice.
 
     Example:
@@ -117,8 +56,8 @@ def crop_resize(
     check_crop_resize(features, boxes, image_index, size)
     name, _ = dispatch.requested(backend)
     if name == "reference":
-        return reference.crop_resize(features, boxes, image_index, size)
-    return _CropResize.apply(features, boxes, image_index, size, name)
+        return reference.crop_resize(features, _checked_boxes(features, boxes, image_index), image_index, size)
+    return autograd.crop_resize(features, boxes, image_index, size, name)
 
 
 def cvfm(
@@ -162,7 +101,8 @@ def cvfm(
         [T, P + N, D], a new contiguous tensor in the dtype of `tokens`.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, and on CPU a non-finite or inverted box or an index out of range.
+        ValueError: a wrong type, shape, dtype or device, and on CPU a non-finite or inverted box or an index out of range;
+            on a GPU values are looked at only after `check_gpu_values()`.
         RuntimeError: a backend or plan that was asked for cannot run.
 
     Equivalent to::
@@ -178,7 +118,8 @@ def cvfm(
 
     Under autocast the float tensors but `tokens` are cast to the autocast dtype, as `F.linear` does. The residual is
     added in the tokens' own dtype, which the result and its gradient have; fc1 reads the tokens rounded.
-    Differentiable once, by all float tensors but `boxes`; the backward pass is deterministic and uses no atomics.
+    Differentiable once, by all float tensors but `boxes`, in reverse mode; the backward pass is deterministic and uses
+    no atomics. `torch.func.grad` and `vmap` work (`vmap` as a loop); forward mode and double backward are refused.
     Source: FILA, arXiv 2412.08378, section 3; what the paper leaves open is listed in the project's docs.
 
     Example:
@@ -192,6 +133,9 @@ def cvfm(
         >>> torch.equal(out[:, 0], tokens[:, 0])
         True
     """
+    inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
+    check_tensors(NAMES, inputs)
+    check_settings(gate, plan, recompute)
     dtype = tokens.dtype
     if tokens.device.type != "meta" and torch.is_autocast_enabled(tokens.device.type):
         low = torch.get_autocast_dtype(tokens.device.type)
@@ -201,13 +145,13 @@ def cvfm(
             for tensor in (features, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
         )
     inputs = (tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha)
-    check_cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate, plan=plan, dtype=dtype)
+    check_cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, dtype=dtype)
     name, _ = dispatch.requested(backend)
     if name == "reference":
+        boxes = _checked_boxes(features, boxes, image_index)
+        inputs = (tokens, features, boxes, *inputs[3:])
         return reference.cvfm(*inputs, num_prefix_tokens=num_prefix_tokens, gate=gate)
-    if torch.is_grad_enabled():
-        return _Cvfm.apply(*inputs, num_prefix_tokens, gate, plan or "", recompute, name)
-    return _ops.cvfm_forward(*inputs, num_prefix_tokens, gate, plan or "", False, False, name)[0]
+    return autograd.cvfm(inputs, num_prefix_tokens, gate, plan or "", recompute, name)
 
 
 def explain(
@@ -231,7 +175,7 @@ def explain(
         {"backend" | "forward" | "weight_gradient" | "feature_gradient": {"choice": ..., "why": ...}}
 
     Raises:
-        ValueError, RuntimeError: as `cvfm` does for a plan or backend that cannot be had.
+        ValueError: a shape, dtype or name that `cvfm` would refuse. RuntimeError: a plan or backend that cannot be had.
 
     Example:
         >>> explain((5, 577, 1024), (1, 24, 24, 1536))["forward"]["choice"]
@@ -239,6 +183,8 @@ def explain(
         >>> explain((5, 577, 1024), (1, 384, 384, 192))["forward"]["choice"]
         'sample_first'
     """
+    check_explain(tokens, features, hidden_width, dtype, num_prefix_tokens)
+    check_plan(plan)
     shape = Shape.of(tokens, features, hidden_width, num_prefix_tokens)
     device = torch.device(device)
     name, why = dispatch.resolve(backend, plan, device, dtype, (shape.token_width, shape.hidden_width))

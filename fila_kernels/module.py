@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fila_kernels.call import GATES, grid_side
-from fila_kernels.functional import crop_resize, cvfm
+from fila_kernels import dispatch
+from fila_kernels.call import grid_side
+from fila_kernels.functional import NAMES, crop_resize, cvfm
 from fila_kernels.reference import gated
+from fila_kernels.validation import check_integer, check_settings, check_tensors
 
 
 class CVFM(nn.Module):
@@ -27,7 +29,7 @@ class CVFM(nn.Module):
     their weights, and says so in `fallback_reason`.
 
     Raises:
-        ValueError: a width below 1, or an unknown gate.
+        ValueError: a width below 1, or a setting of another type or name than those of `fila_kernels.cvfm`.
 
     Example:
         >>> fuse = CVFM(token_width=8, feature_width=6)
@@ -54,16 +56,27 @@ class CVFM(nn.Module):
     ) -> None:
         super().__init__()
         hidden_width = token_width if hidden_width is None else hidden_width
-        for name, width in (("token", token_width), ("feature", feature_width), ("hidden", hidden_width)):
-            if width < 1:
-                raise ValueError(f"{name}_width: expected at least 1, got {width}")
-        if gate not in GATES:
-            raise ValueError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
+        check_integer("token_width", token_width, 1)
+        check_integer("feature_width", feature_width, 1)
+        check_integer("hidden_width", hidden_width, 1)
+        check_integer("num_prefix_tokens", num_prefix_tokens, 0)
+        check_settings(gate, plan, recompute)
+        if backend is not None:
+            dispatch.requested(backend)
         self.num_prefix_tokens, self.gate = num_prefix_tokens, gate
         self.plan, self.backend, self.recompute = plan, backend, recompute
         self.fc1: nn.Module = nn.Linear(token_width + feature_width, hidden_width, device=device, dtype=dtype)
         self.fc2: nn.Module = nn.Linear(hidden_width, token_width, device=device, dtype=dtype)
         self.alpha = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Start anew: a module made on the meta device and materialised by `to_empty` is then a fresh one."""
+        for layer in (self.fc1, self.fc2):
+            reset = getattr(layer, "reset_parameters", None)
+            if reset is None:
+                raise RuntimeError(f"a {type(layer).__name__} has no reset_parameters; reset before replacing layers")
+            reset()
+        nn.init.zeros_(self.alpha)
 
     @property
     def fallback_reason(self) -> str | None:
@@ -94,6 +107,11 @@ class CVFM(nn.Module):
         )  # fmt: skip
 
     def _forward_by_layers(self, tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
+        check_tensors(NAMES[:4], (tokens, features, boxes, image_index))
+        if tokens.dim() != 3 or tokens.shape[0] != boxes.shape[0]:
+            raise ValueError(
+                f"tokens: expected shape [T, P + N, D] with T = {boxes.shape[0]} (as boxes), got {list(tokens.shape)}"
+            )
         prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
         size = grid_side(patches.shape[1])
         sampled = crop_resize(features, boxes, image_index, size, backend=self.backend).flatten(1, 2)

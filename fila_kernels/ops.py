@@ -1,15 +1,22 @@
 """The registered operators of namespace `fila_kernels`: schema, implementation, fake, and the shapes they share.
 
 Arities are fixed. A tensor that was not asked for comes back empty, so that the number and shape of the results depend
-on the arguments alone and never on the plan, which is chosen inside from real sizes.
+on the arguments alone and never on the plan, which is chosen inside from real sizes. Values of boxes and indices are
+looked at inside, too, where no compiler can leave the check out.
+
+The operators have no derivative of their own (`autograd` has): they refuse forward mode, and refuse to differentiate
+what they gave. `vmap` runs an operator once for each entry of the batch.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
-from fila_kernels import dispatch, planner
+from fila_kernels import dispatch, planner, validation
 from fila_kernels.call import Call, Needs, Shape
 
 NAMESPACE = "fila_kernels"
@@ -19,6 +26,7 @@ _INPUTS = (
     "Tensor fc2_weight, Tensor fc2_bias, Tensor alpha"
 )
 _SCHEMAS = {
+    "checked_boxes": "(Tensor boxes, Tensor image_index, SymInt images) -> Tensor",
     "crop_resize": '(Tensor features, Tensor boxes, Tensor image_index, SymInt size, str backend="auto") -> Tensor',
     "crop_resize_backward": (
         "(Tensor grad, Tensor boxes, Tensor image_index, SymInt images, SymInt height, SymInt width, "
@@ -35,6 +43,16 @@ _SCHEMAS = {
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }
+
+
+NO_FORWARD_MODE = (
+    "fila_kernels: forward-mode differentiation (jvp, jacfwd) is not implemented for crop_resize and cvfm; "
+    "backend='reference' has it"
+)
+NO_DOUBLE_BACKWARD = (
+    "fila_kernels: double backward is not implemented; crop_resize and cvfm can be differentiated once. "
+    "backend='reference' is differentiable any number of times"
+)
 
 
 def shape_of(tokens: Tensor, features: Tensor, fc1_weight: Tensor, num_prefix_tokens: int) -> Shape:
@@ -66,7 +84,17 @@ def _no_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False)
 
 
+def _checked_boxes(boxes, image_index, images):
+    validation.check_values(boxes, image_index, images)
+    return boxes.clone()
+
+
+def _checked_boxes_fake(boxes, image_index, images):
+    return torch.empty_like(boxes)
+
+
 def _crop_resize(features, boxes, image_index, size, backend="auto"):
+    validation.check_values(boxes, image_index, features.shape[0])
     name, _ = dispatch.resolve(backend, None, features.device, features.dtype)
     if boxes.shape[0] == 0 or features.numel() == 0:
         return _crop_resize_fake(features, boxes, image_index, size).zero_()
@@ -93,6 +121,7 @@ def _cvfm_forward(
     num_prefix_tokens, gate, plan, save_hidden, save_branch, backend="auto",
 ):  # fmt: skip
     shape = shape_of(tokens, features, fc1_weight, num_prefix_tokens)
+    validation.check_values(boxes, image_index, shape.images)
     chosen = planner.choose(shape, fc1_weight.dtype, tokens.device, plan or None, backend)
     if tokens.numel() == 0:
         return _forward_results(tokens, fc1_weight, num_prefix_tokens, save_hidden, save_branch)
@@ -142,13 +171,74 @@ def _cvfm_backward_fake(
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {
+    "checked_boxes": (_checked_boxes, _checked_boxes_fake),
     "crop_resize": (_crop_resize, _crop_resize_fake),
     "crop_resize_backward": (_crop_resize_backward, _crop_resize_backward_fake),
     "cvfm_forward": (_cvfm_forward, _cvfm_forward_fake),
     "cvfm_backward": (_cvfm_backward, _cvfm_backward_fake),
 }
 
-for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _IMPLEMENTATIONS[_name][0], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _IMPLEMENTATIONS[_name][1], lib=_LIBRARY)
+
+class _Once(torch.autograd.function._SingleLevelFunction):
+    """Refuses to differentiate results. Of one level: `torch.func` calls it as it calls any operator's own kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable, *arguments: Any) -> Any:
+        with torch.enable_grad():  # for what lies beneath this level: an outer `torch.func.grad`
+            return run(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(NO_DOUBLE_BACKWARD)
+
+
+def _has_tangent(argument: object) -> bool:
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument, level=0).tangent is not None
+
+
+def _under_autograd(operator: torch._ops.OpOverload) -> Callable:
+    """The kernel of a call that autograd watches: a derivative that nobody wrote must not be lost in silence."""
+
+    def kernel(keyset, *arguments):
+        def run(*arguments):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
+            raise RuntimeError(NO_FORWARD_MODE)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            with enable_single_level_autograd_function():
+                return _Once.apply(run, *arguments)
+        return run(*arguments)
+
+    return kernel
+
+
+def for_each(function: Callable, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """The rule of `vmap` for a function of tensors and plain values: one call for each entry of the batch."""
+
+    def entry(i: int) -> list[Any]:
+        return [a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True)]
+
+    results = [function(*entry(i)) for i in range(info.batch_size)]
+    if not results:
+        raise RuntimeError("fila_kernels: vmap over an empty batch is not implemented")
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
+def _register(name: str) -> None:
+    implementation, fake = _IMPLEMENTATIONS[name]
+    _LIBRARY.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _under_autograd(operator), "Autograd", with_keyset=True)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(
+        f"{NAMESPACE}::{name}", lambda info, in_dims, *args: for_each(operator, info, in_dims, *args), lib=_LIBRARY
+    )
+
+
+for _name in _SCHEMAS:
+    _register(_name)

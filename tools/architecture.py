@@ -46,7 +46,8 @@ LAYERS = {
     "fila_kernels": (
         ("public names", "__init__ info aot testing"),
         ("", "module"),
-        ("functions", "functional flops"),
+        ("functions", "functional"),
+        ("derivatives", "autograd flops"),
         ("operators", "ops"),
         ("choice", "planner"),
         ("", "dispatch tuned"),

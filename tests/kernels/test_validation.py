@@ -54,7 +54,7 @@ BAD = {
     "not a tensor": ({"boxes": [[0, 0, 1, 1]]}, "boxes: expected a tensor, got list"),
     "gate": ({"gate": "sum"}, "gate: expected one of product, scale, got 'sum'"),
     "plan": ({"plan": "fast"}, "plan: expected one of sample_first, project_first, single_pass or None, got 'fast'"),
-    "prefix": ({"num_prefix_tokens": -1}, "num_prefix_tokens: expected 0 or more, got -1"),
+    "prefix": ({"num_prefix_tokens": -1}, "num_prefix_tokens: expected an int of 0 or more, got -1"),
 }
 
 
@@ -79,5 +79,5 @@ def test_crop_resize(change, message):
 
 def test_size():
     inputs = BASE.inputs(torch.float32)
-    with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="size: expected an int of at least 1, got 0"):
         crop_resize(inputs["features"], inputs["boxes"], inputs["image_index"], 0)
