@@ -5,6 +5,7 @@ The operators themselves are differentiated only here. The forward pass returns 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,21 +17,39 @@ from fila_kernels import ops
 _ops = getattr(torch.ops, ops.NAMESPACE)
 
 
-def _is_differentiated(tensors: Sequence[Tensor]) -> bool:
-    """Whether anything may ask for a derivative. Forward mode and `torch.func` do so under `no_grad`, too."""
-    return (
-        (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
+def _is_transformed() -> bool:
+    """Whether forward mode or `torch.func` is at work, which ask for derivatives under `no_grad`, too."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _is_differentiated(arguments: Sequence[Any]) -> bool:
+    """Whether anything may ask for a derivative."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        return True
+    return _is_transformed()
+
+
+@torch._disable_dynamo
+def _apply_eagerly(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)
+
+
+def _apply(function: Any, *arguments: Any) -> Any:
+    """A function's operator, under autograd where that is asked for."""
+    if not _is_differentiated(arguments):
+        return function.forward(*arguments)
+    # torch.compile traces plain training, but fails inside on a function of this form under a transform.
+    if torch.compiler.is_compiling() and _is_transformed():
+        return _apply_eagerly(function, *arguments)
+    return function.apply(*arguments)
 
 
 class _CropResize(torch.autograd.Function):
     """`crop_resize` with the operator's own arguments."""
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return _ops.crop_resize(*arguments)
+    def forward(features: Tensor, boxes: Tensor, image_index: Tensor, size: int, backend: str) -> Tensor:
+        return _ops.crop_resize(features, boxes, image_index, size, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -48,15 +67,22 @@ class _CropResize(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return ops.for_each(_CropResize.apply, info, in_dims, *arguments)
+        return ops.for_each(partial(_apply, _CropResize), info, in_dims, *arguments)
 
 
 class _Cvfm(torch.autograd.Function):
     """`cvfm_forward` with the operator's own arguments."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _ops.cvfm_forward(*arguments)
+    def forward(
+        tokens: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor,
+        fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, alpha: Tensor,
+        num_prefix_tokens: int, gate: str, plan: str, save_hidden: bool, save_branch: bool, backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return _ops.cvfm_forward(
+            tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
+            num_prefix_tokens, gate, plan, save_hidden, save_branch, backend,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -82,25 +108,22 @@ class _Cvfm(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return ops.for_each(_Cvfm.apply, info, in_dims, *arguments)
+        return ops.for_each(partial(_apply, _Cvfm), info, in_dims, *arguments)
 
 
 def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int, backend: str) -> Tensor:
     """The operator with its derivative."""
-    call = _CropResize.apply if _is_differentiated((features, boxes)) else _ops.crop_resize
-    return call(features, boxes, image_index, size, backend)
+    return _apply(_CropResize, features, boxes, image_index, size, backend)
 
 
 def cvfm(
     inputs: tuple[Tensor, ...], num_prefix_tokens: int, gate: str, plan: str, recompute: bool, backend: str
 ) -> Tensor:
     """The operator with its derivative, of the nine tensors in the operator's order."""
-    if not _is_differentiated(inputs):
-        return _ops.cvfm_forward(*inputs, num_prefix_tokens, gate, plan, False, False, backend)[0]
-    tokens, features, _, _, *parameters, alpha = (tensor.requires_grad for tensor in inputs)
+    tokens, features, _, _, *parameters, alpha = (torch.is_grad_enabled() and t.requires_grad for t in inputs)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
     save_hidden = not recompute and (tokens or features or fc1_weight or fc1_bias or fc2_weight)
     save_branch = not recompute and gate == "product" and (save_hidden or fc2_bias or alpha)
     # The scale gate finds alpha's gradient through the hidden activation.
     save_hidden = save_hidden or (not recompute and gate == "scale" and alpha)
-    return _Cvfm.apply(*inputs, num_prefix_tokens, gate, plan, save_hidden, save_branch, backend)[0]
+    return _apply(_Cvfm, *inputs, num_prefix_tokens, gate, plan, save_hidden, save_branch, backend)[0]

@@ -5,8 +5,14 @@ from torch import Tensor
 
 from fila_kernels import autograd, dispatch, ops, planner, reference
 from fila_kernels.call import DIRECTIONS, Shape
-from fila_kernels.validation import check_crop_resize, check_cvfm, check_explain, check_plan, check_settings, check_tensors
-
+from fila_kernels.validation import (
+    check_crop_resize,
+    check_cvfm,
+    check_explain,
+    check_plan,
+    check_settings,
+    check_tensors,
+)
 
 NAMES = (
     "tokens", "features", "boxes", "image_index", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "alpha",
@@ -35,8 +41,8 @@ def crop_resize(
         [T, size, size, C] in the dtype of `features`, a new contiguous tensor.
 
     Raises:
-        ValueError: a wrong type, shape, dtype or device, and on CPU a non-finite or inverted box or an index out of range;
-            on a GPU values are looked at only after `check_gpu_values()`.
+        ValueError: a wrong type, shape, dtype or device; on CPU, and on a GPU after `check_gpu_values()`, a non-finite
+            or inverted box or an index out of range.
         RuntimeError: a backend that was asked for cannot run.
 
     On whole-cell boxes this equals, for each tile::
@@ -101,8 +107,8 @@ def cvfm(
         [T, P + N, D], a new contiguous tensor in the dtype of `tokens`.
 
     Raises:
-        ValueError: a wrong type, shape, dtype or device, and on CPU a non-finite or inverted box or an index out of range;
-            on a GPU values are looked at only after `check_gpu_values()`.
+        ValueError: a wrong type, shape, dtype or device; on CPU, and on a GPU after `check_gpu_values()`, a non-finite
+            or inverted box or an index out of range.
         RuntimeError: a backend or plan that was asked for cannot run.
 
     Equivalent to::

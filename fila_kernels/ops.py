@@ -208,7 +208,7 @@ def _under_autograd(operator: torch._ops.OpOverload) -> Callable:
             raise RuntimeError(NO_FORWARD_MODE)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             with enable_single_level_autograd_function():
-                return _Once.apply(run, *arguments)
+                return _Once.apply(run, *arguments)  # type: ignore[attr-defined]
         return run(*arguments)
 
     return kernel

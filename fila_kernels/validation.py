@@ -165,7 +165,9 @@ def check_cvfm(
         _expect(tensor.device == tokens.device, name, "device {} (as tokens)", tensor.device, tokens.device)
 
 
-def check_explain(tokens: object, features: object, hidden_width: object, dtype: object, num_prefix_tokens: int) -> None:
+def check_explain(
+    tokens: object, features: object, hidden_width: object, dtype: object, num_prefix_tokens: int
+) -> None:
     """Raise `ValueError` unless `explain` can answer for these shapes and this dtype."""
     for name, shape, letters in (("tokens", tokens, "[T, P + N, D]"), ("features", features, "[B, h, w, C]")):
         sizes = shape if isinstance(shape, (tuple, list)) else ()

@@ -1,9 +1,12 @@
 """A gate of zero stops a branch that is not finite: both gates, both implementations."""
 
+from itertools import product
+
 import pytest
 import torch
 
-from fila_kernels import cvfm, reference
+from fila_kernels import cvfm, dispatch, planner, reference
+from fila_kernels.call import Call, Shape
 from fila_kernels.testing import DIFFERENTIABLE, Case, assert_wild_tile, gradients
 
 GATES = ("product", "scale")
@@ -90,10 +93,11 @@ def test_nan_box_beneath_the_public_edge(alpha):
     """Where values are not checked, a NaN box gives its own tile NaN patch tokens, and under a closed gate nothing."""
     inputs = Case("gate", tiles=3, alpha=alpha).inputs()
     inputs["boxes"][1] = float("nan")
-    arguments = (*inputs.values(), 1, "product", "", False, False)
-    for plan in ("sample_first", "project_first"):
-        out = torch.ops.fila_kernels.cvfm_forward(*arguments[:11], plan, False, False)[0]
-        assert_wild_tile(out, inputs)
+    shape = Shape.of(inputs["tokens"].shape, inputs["features"].shape, inputs["fc1_weight"].shape[0])
+    for backend, plan in product(("native", "eager"), ("sample_first", "project_first")):
+        chosen = planner.choose(shape, torch.float64, torch.device("cpu"), plan, backend)
+        call = Call(*inputs.values(), shape, "product", chosen)
+        assert_wild_tile(dispatch.implementation(backend).forward(call, None, None), inputs)
 
 
 def test_closed_gate_is_bit_for_bit_the_tokens():

@@ -5,7 +5,7 @@ import torch
 from interpreter import MATRIX, guarded, guards  # noqa: F401
 from test_crop_resize import sliced
 
-from fila_kernels import crop_resize, reference
+from fila_kernels import crop_resize, dispatch, reference
 from fila_kernels.testing import Case, assert_close, ids
 
 
@@ -86,7 +86,7 @@ def test_any_box_and_index_is_memory_safe():
     boxes = torch.cartesian_prod(*[torch.tensor(values)] * 4)
     image_index = torch.randint(-(2**40), 2**40, (len(boxes),))
     features = guarded(torch.randn(2, 4, 5, 3))
-    found = torch.ops.fila_kernels.crop_resize(features, boxes, image_index, 2, "triton")
+    found = dispatch.implementation("triton").crop_resize(features, boxes, image_index, 2)
     assert torch.isnan(found[torch.isnan(boxes).any(1)]).flatten(1).any(1).all()
     sane = (boxes.abs() <= 1e9).all(1)
     torch.testing.assert_close(found[sane], reference.crop_resize(features, boxes, image_index, 2)[sane])

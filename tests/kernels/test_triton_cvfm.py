@@ -4,7 +4,8 @@ import pytest
 import torch
 from interpreter import ALIGNED, MATRIX, UNALIGNED, guarded, guards  # noqa: F401
 
-from fila_kernels import cvfm, reference
+from fila_kernels import cvfm, dispatch, planner, reference
+from fila_kernels.call import Call, Shape
 from fila_kernels.testing import (
     DIFFERENTIABLE,
     Case,
@@ -160,9 +161,10 @@ def test_nan_box_and_wild_index_beneath_the_public_edge(plan, alpha):
     inputs = Case("wild", tiles=3, alpha=alpha).inputs(torch.float32)
     inputs["boxes"][1] = float("nan")
     inputs["image_index"][2] = 2**40
-    arguments = (*inputs.values(), 1, "product", plan, False, False, "triton")
-    out = torch.ops.fila_kernels.cvfm_forward(*arguments)[0]
-    assert_wild_tile(out, inputs)
+    shape = Shape.of(inputs["tokens"].shape, inputs["features"].shape, inputs["fc1_weight"].shape[0])
+    chosen = planner.choose(shape, torch.float32, torch.device("cpu"), plan, "triton")
+    call = Call(*inputs.values(), shape, "product", chosen)
+    assert_wild_tile(dispatch.implementation("triton").forward(call, None, None), inputs)
 
 
 def test_prefix_tokens_pass_and_are_not_felt():
