@@ -132,8 +132,29 @@ def test_a_layer_whose_weight_wraps_another_tensor_is_called():
     torch.testing.assert_close(module(*arguments()), expected)
 
 
-@pytest.mark.parametrize("bad", [{"token_width": 0}, {"feature_width": -1}, {"hidden_width": 0}, {"gate": "sum"}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"token_width": 0}, {"feature_width": -1}, {"hidden_width": 0}, {"token_width": 8.0}, {"gate": "sum"},
+        {"gate": None}, {"plan": "fast"}, {"plan": 3}, {"backend": "cudnn"}, {"backend": 3}, {"recompute": 1},
+        {"num_prefix_tokens": -1}, {"num_prefix_tokens": 1.0}, {"num_prefix_tokens": True},
+    ],
+)  # fmt: skip
 def test_bad_settings(bad):
     settings = {"token_width": 8, "feature_width": 6} | bad
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected .* got"):
         CVFM(**settings)
+
+
+def test_a_module_from_the_meta_device_is_a_fresh_one():
+    torch.manual_seed(3)
+    fresh = CVFM(8, 6, 12)
+    module = CVFM(8, 6, 12, device="meta").to_empty(device="cpu")
+    for parameter in module.parameters():
+        parameter.data.fill_(float("nan"))
+    torch.manual_seed(3)
+    module.reset_parameters()
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+    tokens, *rest = arguments()
+    assert torch.equal(module(tokens, *rest), tokens)

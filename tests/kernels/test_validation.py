@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fila_kernels import crop_resize, cvfm
+import fila_kernels
+from fila_kernels import crop_resize, cvfm, explain, validation
 from fila_kernels.testing import Case
 
 BASE = Case("bad")
@@ -54,6 +55,18 @@ BAD = {
     "not a tensor": ({"boxes": [[0, 0, 1, 1]]}, "boxes: expected a tensor, got list"),
     "gate": ({"gate": "sum"}, "gate: expected one of product, scale, got 'sum'"),
     "plan": ({"plan": "fast"}, "plan: expected one of sample_first, project_first, single_pass or None, got 'fast'"),
+    "no weight": ({"fc1_weight": None}, "fc1_weight: expected a tensor, got NoneType"),
+    "alpha a number": ({"alpha": 0.5}, "alpha: expected a tensor, got float"),
+    "tokens a list": ({"tokens": [1.0]}, "tokens: expected a tensor, got list"),
+    "no token width": ({"tokens": torch.zeros(3, 17, 0)}, "tokens: expected a width D of at least 1"),
+    "no channel": ({"features": torch.zeros(2, 10, 12, 0)}, "features: expected a width C of at least 1"),
+    "no hidden unit": ({"fc1_weight": torch.zeros(0, 14)}, "fc1_weight: expected a hidden width H of at least 1"),
+    "token dtype": ({"tokens": torch.zeros(3, 17, 8, dtype=torch.int64)}, "tokens: expected dtype float32"),
+    "gate of another type": ({"gate": ["product"]}, r"gate: expected one of product, scale, got \['product'\]"),
+    "plan of another type": ({"plan": 1}, "plan: expected one of sample_first, .* or None, got 1"),
+    "recompute": ({"recompute": "no"}, "recompute: expected True or False, got 'no'"),
+    "float prefix": ({"num_prefix_tokens": 1.0}, "num_prefix_tokens: expected an int of 0 or more, got 1.0"),
+    "bool prefix": ({"num_prefix_tokens": True}, "num_prefix_tokens: expected an int of 0 or more, got True"),
     "prefix": ({"num_prefix_tokens": -1}, "num_prefix_tokens: expected an int of 0 or more, got -1"),
 }
 
@@ -77,7 +90,62 @@ def test_crop_resize(change, message):
         crop_resize(**(arguments | change), size=2)
 
 
-def test_size():
+@pytest.mark.parametrize("size", [0, -1, 2.0, "2", True, None])
+def test_size(size):
     inputs = BASE.inputs(torch.float32)
-    with pytest.raises(ValueError, match="size: expected an int of at least 1, got 0"):
-        crop_resize(inputs["features"], inputs["boxes"], inputs["image_index"], 0)
+    with pytest.raises(ValueError, match=f"size: expected an int of at least 1, got {size!r}"):
+        crop_resize(inputs["features"], inputs["boxes"], inputs["image_index"], size)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cudnn", 3, ["native"]])
+def test_a_backend_of_no_such_name(backend):
+    with pytest.raises(ValueError, match="backend: "):
+        cvfm(**BASE.inputs(torch.float32), backend=backend)
+
+
+WILD = ("nan box", "infinite box", "inverted box", "empty box", "index too high", "index negative")
+
+
+@pytest.mark.parametrize("name", WILD)
+@pytest.mark.parametrize("backend", ["native", "eager", "reference"])
+def test_values_are_checked_in_compiled_graphs(name, backend):
+    change, message = BAD[name]
+    inputs = BASE.inputs(torch.float32) | {"image_index": torch.tensor([0, 1, 1])}
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **arguments: cvfm(**arguments, backend=backend), backend="eager")
+    with torch.no_grad():
+        compiled(**inputs)
+        with pytest.raises(ValueError, match=message):
+            compiled(**(inputs | change))
+
+
+def test_values_on_a_gpu_are_checked_only_where_that_is_switched_on(monkeypatch):
+    """Meta tensors stand for those of another device: looking at one raises."""
+    boxes, image_index = torch.zeros(2, 4, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    validation.check_values(boxes, image_index, 1)
+    monkeypatch.setattr(validation, "_gpu_values", False)
+    fila_kernels.check_gpu_values()
+    with pytest.raises(RuntimeError, match="meta"):
+        validation.check_values(boxes, image_index, 1)
+
+
+def test_extremes_that_are_right_pass():
+    """An extent that float32 cannot hold is not an infinite edge."""
+    box = torch.tensor([[-3e38, -3e38, 3e38, 3e38]])
+    validation.check_values(box, torch.tensor([0]), 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": (5, 577)}, r"tokens: expected a shape \[T, P \+ N, D\], got \(5, 577\)"),
+        ({"features": (1, 24, 24, 1.5)}, "features: expected a shape"),
+        ({"hidden_width": 0}, "hidden_width: expected an int of at least 1, got 0"),
+        ({"dtype": torch.int32}, "dtype: expected dtype float32"),
+        ({"plan": "fast"}, "plan: expected one of"),
+        ({"num_prefix_tokens": 0.5}, "num_prefix_tokens: expected an int"),
+    ],
+)
+def test_explain(change, message):
+    with pytest.raises(ValueError, match=message):
+        explain(**({"tokens": (5, 577, 64), "features": (1, 24, 24, 32)} | change))
