@@ -237,6 +237,8 @@ def main(count: int = 1000, seed: int | None = None) -> int:
             if said.startswith("WRONG"):
                 print(f"{seed} {number}: {what}\n{said}", flush=True)
             shutil.rmtree(folder)
+            if number % 100 == 99:
+                print(f"checkpoints: {number + 1}: {dict(found)}", flush=True)
     print(f"checkpoints: {dict(found)} in {time.perf_counter() - start:.0f} s", flush=True)
     return found["WRONG"]
 
