@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def run(script: str) -> subprocess.CompletedProcess[str]:
     """Runs the fuzz in a process of its own, which has no threads to lose when it forks."""
