@@ -17,9 +17,10 @@ namespace fila {
 constexpr int kGateThreads = 128;
 constexpr int64_t kGateBlocks = 2048;  // at most; enough for every multiprocessor to have all the threads it holds
 
-template <typename Scalar>
+// The gradient of float32 tokens stays in float32 beside a branch of 16 bits.
+template <typename Scalar, typename Token = Scalar>
 struct GateRows {
-  const Scalar* grad;
+  const Token* grad;
   const Scalar* branch;
   Scalar* out;  // dense
   int64_t grad_stride, branch_stride, rows, width;
@@ -45,21 +46,27 @@ FILA_HOST_DEVICE float alpha_term(float slope, float m, float alpha) {
 }
 
 // Thread `thread` of `threads` writes its share of the rows of block `block` of `blocks`, and returns its sum.
-template <typename Scalar, int kWidth>
-FILA_HOST_DEVICE double gate_share(const GateRows<Scalar>& rows, float alpha, int64_t block, int64_t blocks, int thread,
-                                   int threads) {
+template <typename Scalar, int kWidth, typename Token>
+FILA_HOST_DEVICE double gate_share(const GateRows<Scalar, Token>& rows, float alpha, int64_t block, int64_t blocks,
+                                   int thread, int threads) {
   using Vector = Pack<Scalar, kWidth>;
+  // As many elements as one access takes: wider types come in several.
+  constexpr int kPart = kWidth > 1 && sizeof(Token) > sizeof(Scalar) ? kWidth / 2 : kWidth;
+  using GradVector = Pack<Token, kPart>;
   using N = Number<Scalar>;
   double total = 0;
   for (int64_t row = block; row < rows.rows; row += blocks) {
     for (int64_t channel = int64_t(thread) * kWidth; channel < rows.width; channel += int64_t(threads) * kWidth) {
-      const Vector grad = *reinterpret_cast<const Vector*>(rows.grad + row * rows.grad_stride + channel);
+      GradVector grad[kWidth / kPart];
+      for (int part = 0; part < kWidth / kPart; ++part) {
+        grad[part] = *reinterpret_cast<const GradVector*>(rows.grad + row * rows.grad_stride + channel + part * kPart);
+      }
       const Vector branch = *reinterpret_cast<const Vector*>(rows.branch + row * rows.branch_stride + channel);
       Vector result;
       float sum = 0;
       for (int k = 0; k < kWidth; ++k) {
         const float m = N::widen(branch.element[k]);
-        const float slope = tanh_slope(alpha * m) * N::widen(grad.element[k]);
+        const float slope = tanh_slope(alpha * m) * Number<Token>::widen(grad[k / kPart].element[k % kPart]);
         result.element[k] = N::narrow(alpha * slope);
         sum += alpha_term(slope, m, alpha);
       }

@@ -1,4 +1,4 @@
-// Launchers of the product gate's backward kernels. Scalar is float, __nv_bfloat16 or __half.
+// Launchers of the product gate's backward kernels. Scalar is float, __nv_bfloat16 or __half, Token that or float.
 
 #pragma once
 
@@ -9,8 +9,8 @@
 namespace fila {
 
 // Writes every element of `rows.out`, and the sum to `total`. `parts` has room for kGateBlocks sums.
-template <typename Scalar>
-void launch_gate_backward(const GateRows<Scalar>& rows, const Scalar* alpha, double* parts, double* total,
+template <typename Scalar, typename Token>
+void launch_gate_backward(const GateRows<Scalar, Token>& rows, const Scalar* alpha, double* parts, double* total,
                           cudaStream_t stream);
 
 }  // namespace fila

@@ -18,12 +18,12 @@ __device__ double block_sum(double value) {
   return sums[0];
 }
 
-template <typename Scalar, int kWidth>
+template <typename Scalar, int kWidth, typename Token>
 __global__ void __launch_bounds__(kGateThreads)
-    gate_bwd_kernel(GateRows<Scalar> rows, const Scalar* p_alpha, double* parts) {
+    gate_bwd_kernel(GateRows<Scalar, Token> rows, const Scalar* p_alpha, double* parts) {
   const float alpha = Number<Scalar>::widen(*p_alpha);
   const double sum =
-      block_sum(gate_share<Scalar, kWidth>(rows, alpha, blockIdx.x, gridDim.x, threadIdx.x, kGateThreads));
+      block_sum(gate_share<Scalar, kWidth, Token>(rows, alpha, blockIdx.x, gridDim.x, threadIdx.x, kGateThreads));
   if (threadIdx.x == 0) {
     parts[blockIdx.x] = sum;
   }
@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kGateThreads) gate_sum_kernel(const double* pa
 
 }  // namespace
 
-template <typename Scalar>
-void launch_gate_backward(const GateRows<Scalar>& rows, const Scalar* alpha, double* parts, double* total,
+template <typename Scalar, typename Token>
+void launch_gate_backward(const GateRows<Scalar, Token>& rows, const Scalar* alpha, double* parts, double* total,
                           cudaStream_t stream) {
   constexpr int kWidth = kVectorBytes / sizeof(Scalar);
   const int64_t blocks = rows.blocks();
@@ -51,9 +51,9 @@ void launch_gate_backward(const GateRows<Scalar>& rows, const Scalar* alpha, dou
     const bool vectors = vector_width<Scalar>({rows.grad, rows.branch, rows.out},
                                               {rows.grad_stride, rows.branch_stride, rows.width}) == kWidth;
     if (vectors) {
-      gate_bwd_kernel<Scalar, kWidth><<<grid_blocks(blocks), kGateThreads, 0, stream>>>(rows, alpha, parts);
+      gate_bwd_kernel<Scalar, kWidth, Token><<<grid_blocks(blocks), kGateThreads, 0, stream>>>(rows, alpha, parts);
     } else {
-      gate_bwd_kernel<Scalar, 1><<<grid_blocks(blocks), kGateThreads, 0, stream>>>(rows, alpha, parts);
+      gate_bwd_kernel<Scalar, 1, Token><<<grid_blocks(blocks), kGateThreads, 0, stream>>>(rows, alpha, parts);
     }
     check_launch("gate_bwd_kernel", {rows.rows, rows.width});
   }
@@ -65,5 +65,8 @@ template void launch_gate_backward(const GateRows<float>&, const float*, double*
 template void launch_gate_backward(const GateRows<__nv_bfloat16>&, const __nv_bfloat16*, double*, double*,
                                    cudaStream_t);
 template void launch_gate_backward(const GateRows<__half>&, const __half*, double*, double*, cudaStream_t);
+template void launch_gate_backward(const GateRows<__nv_bfloat16, float>&, const __nv_bfloat16*, double*, double*,
+                                   cudaStream_t);
+template void launch_gate_backward(const GateRows<__half, float>&, const __half*, double*, double*, cudaStream_t);
 
 }  // namespace fila

@@ -74,6 +74,39 @@ void test_rows(int64_t rows, int64_t width, int64_t padding, float alpha, double
   EXPECT(std::fabs(total - expected) <= 2e-6 * largest, rows, " x ", width, ": ", total, " for ", expected);
 }
 
+// Of 16 bits, all but the type's rounding: stored as whole numbers.
+struct Short {
+  int16_t value;
+};
+}  // namespace
+template <>
+struct Number<Short> {
+  static float widen(Short number) { return number.value; }
+  static Short narrow(float value) { return {static_cast<int16_t>(std::lrint(value))}; }
+};
+namespace {
+
+// The gradient of float32 tokens is read in two accesses for each of the branch: every element by its own.
+void test_a_wider_gradient() {
+  constexpr int kPack = 8, kRows = 5, kWidth = 3 * kPack;
+  std::vector<Pack<float, 4>> grad(kRows * kWidth / 4);
+  std::vector<Pack<Short, kPack>> branch(kRows * kWidth / kPack), out(branch.size());
+  for (int i = 0; i < kRows * kWidth; ++i) {
+    grad[i / 4].element[i % 4] = static_cast<float>(i + 1);
+    branch[i / kPack].element[i % kPack] = {0};
+  }
+  const GateRows<Short, float> view{
+      grad.data()->element, branch.data()->element, out.data()->element, kWidth, kWidth, kRows, kWidth};
+  for (int64_t block = 0; block < view.blocks(); ++block) {
+    for (int thread = 0; thread < kGateThreads; ++thread) {
+      gate_share<Short, kPack>(view, 2.0f, block, view.blocks(), thread, kGateThreads);
+    }
+  }
+  for (int i = 0; i < kRows * kWidth; ++i) {
+    EXPECT(view.out[i].value == 2 * (i + 1), "element ", i, ": ", view.out[i].value);
+  }
+}
+
 void test_entries_that_are_not_finite() {
   const float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
   EXPECT(tanh_slope(kInf) == 0.0f && tanh_slope(-kInf) == 0.0f && tanh_slope(0.0f) == 1.0f);
@@ -95,6 +128,7 @@ int main() {
   }
   fila::test_rows<1>(0, 4, 0, 1.0f, 1.0);
   fila::test_rows<1>(4, 0, 0, 1.0f, 1.0);
+  fila::test_a_wider_gradient();
   fila::test_entries_that_are_not_finite();
   return fila::testing::finish();
 }

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fila_kernels.backends.triton import configs, crop_resize, gemm, host
+from fila_kernels.backends.triton import configs, crop_resize, gemm, host, pointwise, single_pass
 from fila_kernels.call import UNMEASURED, Measured
 from tools import compiled_kernels
 from tools.compiled_kernels import ARCHITECTURES, compile_defaults, compiling, example, faults, product_launches
@@ -56,6 +56,24 @@ def test_widths_that_pointers_do_not_load_in_sixteen_bytes_do_not_spill(arch, wi
     assert [(kernel.name, kernel.spills) for kernel in found if kernel.spills] == []
     assert len(found) == 3
     assert all(kernel.count(compiled_kernels.INTENDED[arch][0]) for kernel in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_residual_in_float32_beside_bfloat16_products_does_not_spill(arch):
+    """Tokens, result and their gradients under autocast: the kernels that read or write them."""
+    found = []
+    with compiling(arch, found):
+        for call in (example(), example(width=512, tiles=5)):
+            call = call._replace(tokens=call.tokens.float())
+            wide, flat = call.tokens, call.row_operand()
+            saved = torch.empty((call.shape.samples, call.shape.token_width), dtype=call.dtype)
+            gemm.fc2(call, flat, wide, saved)
+            gemm.input_gradient(call, flat, wide, wide, torch.empty((*wide.shape[:2], 768), dtype=call.dtype))
+            pointwise.gate_gradient(call, wide, saved, flat, True, True)
+        single_pass.single_pass(call, wide, None, None)
+    assert [fault for kernel in found for fault in faults(kernel)] == []
+    assert {"fc2_fwd", "input_grad", "gate_bwd", "single_pass_fwd"} == {kernel.name for kernel in found}
 
 
 @pytest.mark.parametrize(("channels", "size"), [(200, ".128"), (196, ".64"), (198, ""), (197, ".U16")])

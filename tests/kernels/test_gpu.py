@@ -7,11 +7,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_checks import aligned_slice, channels_first, check, on_device, unchanged
+from gpu_checks import (
+    PLANS as MATRIX_PLANS,
+)
+from gpu_checks import (
+    aligned_slice,
+    cell_id,
+    channels_first,
+    check,
+    check_cell,
+    matrix,
+    on_device,
+    one_image_or_several,
+    unchanged,
+)
 from interpreter import ALIGNED, UNALIGNED
 
 from fila_kernels import crop_resize, cvfm, dispatch
-from fila_kernels.testing import CASES, DIFFERENTIABLE, REAL, Case, gradients, ids
+from fila_kernels.testing import CASES, DIFFERENTIABLE, REAL, Case, covering_pairs, gradients, ids
 
 BACKENDS = dispatch.candidates(torch.device("cuda", 0)).names if torch.cuda.is_available() else ()
 pytestmark = [
@@ -36,6 +49,24 @@ LAYOUTS = [unchanged, channels_first, aligned_slice]
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matrix(backend, case, dtype):
     check(case, backend, dtype, "product")
+
+
+LOW = {"bfloat16": torch.bfloat16, "autocast": torch.bfloat16, "float16": torch.float16}
+LAYOUT_CELLS = covering_pairs(matrix(LOW | {"float32": torch.float32}, [p for p in MATRIX_PLANS if p != "single_pass"]))
+FUSED_CELLS = covering_pairs(matrix(LOW, ["single_pass"]))
+
+
+@pytest.mark.parametrize("grid", [2, 12])
+@pytest.mark.parametrize("cell", [*LAYOUT_CELLS, *one_image_or_several(("bfloat16", torch.bfloat16))], ids=cell_id)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_images_plans_and_frozen_inputs(backend, cell, grid):
+    check_cell(cell, backend, "cuda", grid)
+
+
+@pytest.mark.parametrize("cell", FUSED_CELLS, ids=cell_id)
+@pytest.mark.parametrize("backend", TRITON)
+def test_layouts_through_the_single_pass(backend, cell):
+    check_cell(cell, backend, "cuda", 12)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("plain", "closed_gate", "negative_gate")], ids=ids)

@@ -115,6 +115,17 @@ def test_the_gates_derivative(dtype, width):
     assert torch.equal(again, total)
 
 
+@pytest.mark.parametrize("width", [13, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gates_derivative_of_a_float32_gradient(dtype, width):
+    grad, branch = torch.randn(3000, width, device="cuda"), torch.randn(3000, width, device="cuda").to(dtype)
+    alpha, out = torch.tensor([0.7], dtype=dtype, device="cuda"), torch.empty_like(branch)
+    total, exact = torch.ops.fila.gate_backward(grad, branch, alpha, out), torch.empty_like(grad)
+    expected = torch.ops.fila.gate_backward(grad, branch.float(), alpha.float(), exact)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5 * float((grad * branch).norm()))
+    assert torch.equal(out, exact.to(dtype))
+
+
 def test_the_callers_stream_and_graphs_are_used():
     features, boxes, image_index, size = (t.cuda() if torch.is_tensor(t) else t for t in example(torch.float32, 8))
     want = torch.ops.fila.crop_resize(features, boxes, image_index, size)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gpu_checks import PLANS, cell_id, check_cell, matrix
 
 from fila_kernels import crop_resize, cvfm, dispatch, reference
 from fila_kernels.backends import native, products
@@ -20,6 +21,7 @@ from fila_kernels.testing import (
     Case,
     alpha_terms,
     assert_close,
+    covering_pairs,
     gradients,
     ids,
     in_double,
@@ -27,6 +29,9 @@ from fila_kernels.testing import (
 )
 
 pytestmark = pytest.mark.skipif(not library.load()[0], reason=f"native library {library.load()[1]}")
+
+
+AUTOCAST = matrix({"autocast": torch.bfloat16}, PLANS[:3])
 
 
 @pytest.fixture
@@ -52,6 +57,12 @@ def test_matrix(case, plan, gate):
         for name in DIFFERENTIABLE:
             largest = alpha_terms(wide, grad.double(), gate, case.prefix) if name == "alpha" else None
             assert_close(name, found[name], exact[name], by_eager[name], largest)
+
+
+@pytest.mark.usefixtures("composed")
+@pytest.mark.parametrize("cell", covering_pairs(AUTOCAST), ids=cell_id)
+def test_autocast_keeps_the_residual_of_any_layout(cell):
+    check_cell(cell, "native")
 
 
 @pytest.mark.usefixtures("composed")

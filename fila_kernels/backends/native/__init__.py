@@ -34,8 +34,8 @@ def crop_resize_backward(grad: Tensor, boxes: Tensor, image_index: Tensor, maps:
 
 def gate_backward(call: Call, grad: Tensor, m: Tensor, out: Tensor, needs_alpha: bool) -> Tensor:
     """dM [rows, D] of the product gate into `out`, and these rows' part of alpha's gradient."""
-    if grad.dtype != m.dtype:  # under autocast; the GPU's kernel reads one dtype
-        grad = grad.to(m.dtype if grad.is_cuda else torch.float32)
+    if grad.dtype != m.dtype:  # under autocast
+        grad = grad.float()
     return torch.ops.fila.gate_backward(dense_channels(grad), m, call.alpha, out)
 
 
