@@ -33,7 +33,7 @@ VARIABLES = (
 
 
 class CannotBuild(Exception):
-    """Why there is no native library."""
+    """The reason why the native library was not built."""
 
 
 def wanted(variable: str) -> str:

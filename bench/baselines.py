@@ -79,7 +79,7 @@ def tapped_resize(features: Tensor, boxes: Boxes, image_index: Indices, size: in
 
 
 def _wide(features: Tensor) -> Tensor:
-    """In at least float32: the libraries below place samples in the map's dtype and 16 bits cannot tell 384 cells."""
+    """The tensor in float32, or float64 if it is: 16 bits cannot place a sample among 384 cells."""
     return features if features.dtype in (torch.float32, torch.float64) else features.float()
 
 

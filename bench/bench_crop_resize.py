@@ -25,7 +25,7 @@ LIBRARIES = ("sliced", "tapped", "grid_sample", "roi_align")
 
 
 def variants(device: torch.device, direction: str, names: Sequence[str] = ()) -> dict[str, str | None]:
-    """The named contestants, or all, each with why it cannot take part, if so."""
+    """The named contestants, or all, each with the reason it cannot run, or None."""
     scattered = ("scattered",) if direction == "backward" else ()
     found: dict[str, str | None] = dict.fromkeys((*LIBRARIES, *scattered))
     found["roi_align"] = baselines.torchvision_obstacle()

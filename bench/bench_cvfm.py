@@ -24,7 +24,7 @@ DIRECTIONS = ("forward", "forward+backward")
 
 
 def variants(device: torch.device, direction: str, names: Sequence[str] = ()) -> dict[str, str | None]:
-    """The named variants, or the device's usual ones, each with why it cannot take part, if so."""
+    """The named variants, or the device's usual ones, each with the reason it cannot run, or None."""
     wanted = [REGISTRY[name] for name in names or DEFAULTS[device.type] if name in REGISTRY]
     return {v.name: obstacle(v, device) for v in wanted if direction == "forward" or not v.forward_only}
 

@@ -24,7 +24,7 @@ DIRECTIONS = ("fc1", "fc2")
 
 
 def variants(device: torch.device, direction: str, names: Sequence[str] = ()) -> dict[str, str | None]:
-    """The named contestants, or all, each with why it cannot take part, if so."""
+    """The named contestants, or all, each with the reason it cannot run, or None."""
     obstacle = backend_obstacle("triton", device)
     return {name: obstacle for name in ("cublas", "unfused", "triton") if not names or name in names}
 

@@ -1,6 +1,6 @@
 """The measuring engine: contestants are judged first, then timed in turns over buffers that rotate past the caches.
 
-A round runs every contestant once, in an order that rotates, so that a disturbance meets all of them. A contestant's
+A round runs every contestant once, in an order that rotates, so that a disturbance slows all alike. A contestant's
 round is one or more passes over its sets of buffers. On a GPU there are enough sets that the second-level cache has
 forgotten the first when its turn comes again, and a round is long enough for CUDA events.
 """
@@ -32,7 +32,7 @@ def default_device() -> torch.device:
 
 
 def num_sets(set_bytes: int, device: torch.device) -> int:
-    """How many sets of buffers rotate; one on a CPU, whose caches hold a small part of one call's traffic."""
+    """The number of sets of buffers that rotate; one on a CPU, whose caches hold a small part of one call's traffic."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -200,7 +200,7 @@ class Comparison:
 
 @dataclass
 class Result:
-    """What was found about one contestant; `seconds` is empty where nothing was timed, and `note` says why."""
+    """The measurements of one contestant; `seconds` is empty where nothing was timed, and `note` says why."""
 
     first_seconds: float | None = None
     error: float | None = None
@@ -249,7 +249,7 @@ def judge(comparison: Comparison, device: torch.device) -> dict[str, Result]:
 
 
 def compare(comparison: Comparison, device: torch.device, rounds: int, clock: str = "wall") -> dict[str, Result]:
-    """Judge, then time in turns whoever is green.
+    """Checks every contestant, then times those that passed in interleaved rounds.
 
     Raises:
         Red: as `judge`.

@@ -123,7 +123,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Goal:
-    """What is wanted, and how its numbers are read from the rows and printed."""
+    """A goal on a GPU, and how its numbers are read from the rows and printed."""
 
     what: str
     must: str

@@ -3,7 +3,6 @@
 import csv
 import functools
 import hashlib
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -16,6 +15,7 @@ from bench.engine import Comparison, Result, quantile
 from bench.roofline import measure_roof
 from bench.workloads import DTYPES
 from fila_kernels import tuned
+from fila_kernels.info import version
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -55,17 +55,10 @@ COLUMNS = {
     "note": "why something was not measured",
 }  # fmt: skip
 KEY = ("commit", "device", "torch", "triton", "table", "operation", "workload", "direction", "variant")
-# In files from before the column `workload` was called that, the backends have the names they had then: on a CPU
-# `torch` ran the compiled operators, and `torch_calls` was the same backend without them.
+# The two committed CSVs of a CPU hold earlier names: `case` for `workload`, `torch` for the compiled operators, and
+# `torch_calls` for PyTorch's.
 OLD_COLUMN = "case"
 OLD_VARIANTS = {"torch": "native", "torch_calls": "eager"}
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def device_name(device: torch.device) -> str:
@@ -96,7 +89,7 @@ def source_digest() -> str:
 
 @functools.cache
 def commit() -> str:
-    """Of this repository, asked once per process; `FILA_BENCH_COMMIT` gives it where there is no git."""
+    """The repository's commit, looked up once per process; `FILA_BENCH_COMMIT` gives it where there is no git."""
     named = os.environ.get("FILA_BENCH_COMMIT")
     if named:
         return named
@@ -110,7 +103,7 @@ def commit() -> str:
 
 
 def table_digest(device: torch.device) -> str:
-    """Of the tuned table that planner and launchers read on this device; empty where there is none."""
+    """The digest of the device's tuned table, which planner and launchers read; empty without a table."""
     path = tuned.path_of(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
     return hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path.exists() else ""
 
@@ -119,7 +112,7 @@ def environment(device: torch.device) -> Row:
     """The columns that say where a row was measured."""
     return {
         "device": device_name(device), "threads": str(torch.get_num_threads()), "commit": commit(),
-        "torch": torch.__version__, "python": platform.python_version(), "triton": version("triton"),
+        "torch": torch.__version__, "python": platform.python_version(), "triton": version("triton") or "",
         "cuda": torch.version.cuda or "", "table": table_digest(device),
     }  # fmt: skip
 
@@ -178,7 +171,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows, the names of older files replaced by today's."""
+    """All rows, the names of the committed files replaced by today's."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -192,5 +185,5 @@ def _renamed(row: Row) -> Row:
 
 
 def key(row: Row) -> tuple[str, ...]:
-    """What identifies a measurement."""
+    """The columns that identify a measurement."""
     return tuple(row[name] for name in KEY)

@@ -8,10 +8,10 @@ A picture holds a digest of its CSV, which shows whether it is up to date.
 
 import argparse
 import hashlib
-import math
 import re
+import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,6 @@ LABELS = {
     "triton": "fila_kernels, triton",
 }  # fmt: skip
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def by_workload(rows: Iterable[Row], operation: str, direction: str) -> dict[str, dict[str, Row]]:
@@ -72,7 +68,7 @@ def table(rows: list[Row]) -> str:
                 continue
             cells = (f"{_cell(start, variants.get(name)):>{width}}" for name, width in columns.items())
             lines.append(f"  {workload:<{wide}}{float(start['p50_ms']):>20.3f}{''.join(cells)}")
-        means = (f"{geometric_mean(list(found[n].values())):.2f}x".rjust(width) for n, width in columns.items())
+        means = (f"{statistics.geometric_mean(found[n].values()):.2f}x".rjust(width) for n, width in columns.items())
         lines.append(f"  {'geometric mean':<{wide}}{'':>20}{''.join(means)}\n")
     for row in rows:
         if row["note"]:
@@ -108,7 +104,7 @@ def figure_tools() -> Any:
 
 
 def digest(file: Path) -> str:
-    """What a picture says about the CSV that it was made from."""
+    """The digest that a picture carries of the CSV that it was made from."""
     return f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
 
 

@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def known_variants(options: argparse.Namespace) -> dict[str, str | None]:
-    """Those that were asked for or are usual, in any direction, each with why it cannot take part, if so."""
+    """The requested or default variants of all directions, each with the reason it cannot run, or None."""
     module = options.module
     found = (module.variants(options.device, direction, options.variants) for direction in module.DIRECTIONS)
     return {name: obstacle for variants in found for name, obstacle in variants.items()}

@@ -56,7 +56,7 @@ def default_suite(device: torch.device) -> str:
 
 
 def variants(device: torch.device, direction: str, names: Sequence[str] = ()) -> dict[str, str | None]:
-    """The named towers, or all, each with why it cannot take part, if so."""
+    """The named towers, or all, each with the reason it cannot run, or None."""
     found: dict[str, str | None] = {"no_fusion": None, "fusion_tuned_eager": None}
     found |= {PREFIX + name: backend_obstacle(name, device) for name in BACKENDS}
     return {name: found[name] for name in found if not names or name in names}

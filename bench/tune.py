@@ -2,11 +2,11 @@
 
     python -m bench.tune --suite images-8
 
-The operation itself is timed, as a CUDA graph over buffers that rotate past the second-level cache, with one launch's
-config or one direction's plan changed at a time: caches and neighbours are those that a user has. The configs tried are
-`fila_kernels.backends.triton.configs.candidates`, the table's form is `fila_kernels.tuned`'s. The default stays unless
-something beats it by more than the measurement scatters. Entries that the table has are kept, so that a second run goes
-on where the first stopped. Other processes compile beforehand, into Triton's own cache.
+The whole operation is timed, as a CUDA graph over buffers that rotate past the second-level cache, with one launch's
+config or one direction's plan changed at a time, so that caches and neighbours are those of real use. It tries
+`fila_kernels.backends.triton.configs.candidates`; `fila_kernels.tuned` has the table's form. The default stays unless
+something beats it by more than the measurement scatters. Existing entries are kept, so that a second run resumes.
+Other processes compile beforehand, into Triton's own cache.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def plans_for(workload: Workload) -> list[str]:
 
 
 def shortlist(problem: Problem, device: configs.Device, most: int) -> list[Config]:
-    """At most so many candidates: the likeliest half of them, then evenly spread over the rest."""
+    """At most `most` candidates: the likeliest half of them, then evenly spread over the rest."""
     found = configs.candidates(problem, device)
     if len(found) <= most:
         return found
@@ -162,7 +162,7 @@ class Tuner:
         return {config: setting(config) for config in shortlist(problem, self.limits, self.most)}
 
     def missing(self, trial: Trial, call: Step) -> Iterator[Key]:
-        """What a call asks for and the table lacks."""
+        """The problems that a call asks for and the table lacks."""
         for key in trial.asks(call):
             if key not in trial.configs and key[0] in self.kernels and not self.time_is_up():
                 yield key

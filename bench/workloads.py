@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fila_kernels.call import Shape
+from fila_kernels.testing import DIFFERENTIABLE
 
 STAGE_WIDTHS = (192, 384, 768, 1536)
 STAGE_STRIDES = (4, 8, 16, 32)
@@ -23,7 +24,6 @@ RASTERS = (768, 1536)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Content of a 1000 x 763 picture on a square canvas, as a part of the canvas's height.
 CONTENT = (0.1187, 0.8813)
-DIFFERENTIABLE = ("tokens", "features", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "alpha")
 
 
 @dataclass(frozen=True)

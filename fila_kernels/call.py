@@ -27,7 +27,7 @@ def grid_side(patches: int) -> int:
     """The side of a square grid of patch tokens.
 
     Raises:
-        ValueError: the number is no square.
+        ValueError: the number is not a square.
     """
     side = math.isqrt(patches) if patches > 0 else 0
     if patches < 1 or side * side != patches:
@@ -52,10 +52,10 @@ class Shape(NamedTuple):
     def of(
         cls, tokens: Sequence[int], features: Sequence[int], hidden_width: int | None = None, prefix: int = 1
     ) -> "Shape":
-        """From the sizes of tokens [T, P + N, D] and features [B, h, w, C]; the hidden width is D if None.
+        """The shape of tokens [T, P + N, D] and features [B, h, w, C]; the hidden width is D if None.
 
         Raises:
-            ValueError: N is no square number.
+            ValueError: N is not a square number.
         """
         tiles, length, token_width = tokens
         images, height, width, feature_width = features
@@ -142,7 +142,7 @@ class Plan:
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """The gradients that a backward pass has to return."""
 
     tokens: bool
     features: bool

@@ -18,7 +18,8 @@ from fila_kernels.functional import explain
 EXAMPLE_STAGES = ((192, 192), (96, 384), (48, 768), (24, 1536))
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -58,7 +59,7 @@ def report() -> dict[str, Any]:
             plans[key] = explain((5, 577, 1024), (1, side, side, channels), dtype=torch.bfloat16, device=device)
     return {
         "versions": {"python": platform.python_version()}
-        | {package: _version(package) for package in ("torch", "triton", "numpy")},
+        | {package: version(package) for package in ("torch", "triton", "numpy")},
         "devices": _devices(),
         "backend": chosen
         | {"variable": f"{dispatch.ENVIRONMENT_VARIABLE}={os.environ.get(dispatch.ENVIRONMENT_VARIABLE, '')}"},

@@ -13,7 +13,7 @@ from fila_kernels.call import DIRECTIONS, TRITON_SINGLE_PASS_WIDTH, UNMEASURED, 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second: floating point operations in a GEMM, and bytes moved by row gathers."""
+    """A device's throughput per second: floating point operations in a GEMM, and bytes in row gathers."""
 
     flops: float
     bytes: float
@@ -26,7 +26,7 @@ CPU_RATES = {
     torch.bfloat16: Rates(400e9, 20e9),
     torch.float16: Rates(0.3e9, 20e9),
 }
-# A ratio typical of recent GPUs, not measured; a device's tuned table goes before it.
+# A ratio typical of recent GPUs, not measured; a device's tuned table overrides it.
 GPU_RATES = Rates(400e12, 2e12)
 
 
@@ -63,7 +63,7 @@ def _device_name(device: torch.device) -> str:
 
 
 class _Means(NamedTuple):
-    """What every plan of a call is carried out with."""
+    """The backend of each pass and the launch configs that carry out a plan."""
 
     forward_backend: str
     backward_backend: str
@@ -72,7 +72,7 @@ class _Means(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _by_cost(shape: Shape, dtype: torch.dtype, device: torch.device, means: _Means) -> Plan:
-    """What the cost model prefers; asked at every call of a device that was never tuned."""
+    """The plan that the cost model prefers; every call on a device without a tuned table asks for it."""
     chosen, reasons = {}, {}
     for direction in DIRECTIONS:
         cost = {plan: _seconds(shape, plan, direction, dtype, device) for plan in ("sample_first", "project_first")}

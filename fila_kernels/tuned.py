@@ -30,7 +30,7 @@ FOLDER = Path(__file__).resolve().parent / "tables"
 
 
 def path_of(device_name: str) -> Path:
-    """Where a device's table lies."""
+    """The file of a device's table."""
     return FOLDER / (re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_") + ".json")
 
 
@@ -68,7 +68,7 @@ class Table:
 
 @cache
 def load(device_name: str) -> Table:
-    """The device's table; one that cannot be used is named in a warning, once a process, and counts as empty."""
+    """The device's table; one that cannot be used is named in a warning once per process, and counts as empty."""
     path = path_of(device_name)
     if not path.exists():
         return Table()

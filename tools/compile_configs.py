@@ -138,12 +138,12 @@ def write(path: Path, rows: Iterable[Row], mode: str = "w") -> None:
 
 
 def label(row: Row) -> tuple[str, ...]:
-    """What tells a task's rows from another's: for the defaults, their architecture and dtype alone."""
+    """The label that tells a task's rows from another's: for the defaults, their architecture and dtype alone."""
     return tuple(row[name] for name in (KEY if row["set"] == "tuner" else KEY[:5]))
 
 
 def run(wanted: list[Task], path: Path, workers: int) -> list[Row]:
-    """Compile what the file lacks, and leave out of it what is no longer wanted; returns this run's rows."""
+    """Compiles the kernels that the file lacks and drops those no longer wanted; returns this run's rows."""
     labels = {label(identity(task)): task for task in wanted}
     parts = {(str(arch), dtype) for arch, dtype, *_ in wanted}
 

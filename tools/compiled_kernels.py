@@ -163,7 +163,7 @@ def _disassemble(kernel: Kernel, cubin: bytes) -> None:
 
 
 def least_products(kernel: Kernel) -> int:
-    """Tensor core instructions that one step through the depth takes in each of a product's loops, counted a warp."""
+    """Tensor core instructions that one step through the depth takes in each of a product's loops, counted per warp."""
     config = kernel.config
     assert isinstance(config, configs.GemmConfig)
     if kernel.name.startswith("single_pass"):
@@ -177,7 +177,7 @@ def least_products(kernel: Kernel) -> int:
 
 
 def faults(kernel: Kernel) -> list[str]:
-    """What is wrong with a compiled kernel, in words; nothing if it is as intended."""
+    """The faults of a compiled kernel, in words; none if it is as intended."""
     found = []
     limit = configs.ARCHITECTURES[kernel.arch].shared_memory
     if kernel.shared > limit:
@@ -248,7 +248,7 @@ def product_launches(call: Call) -> dict[str, Callable[[], object]]:
 
 
 def other_launches(call: Call) -> None:
-    """The kernels that are no products, and the tiles that one image alone takes."""
+    """The kernels other than products, and the tiles that one image alone takes."""
     shape, dtype = call.shape, call.tokens.dtype
     samples = torch.empty((shape.tiles, 577, shape.feature_width), dtype=dtype)[:, 1:]
     crop_resize.crop_resize_fwd(call.features, call.boxes, call.image_index, 24, samples)
@@ -271,7 +271,7 @@ def inference_and_frozen(call: Call) -> None:
 
 
 def compile_defaults(arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Kernel]:
-    """The kernels with the configs that an untuned process takes; those that are no products for sm_90 alone."""
+    """The kernels with the configs that an untuned process takes; those other than products for sm_90 alone."""
     found: list[Kernel] = []
     call = example(dtype)
     with compiling(arch, found, () if arch == 90 else ("reduce_kernel",)):

@@ -33,8 +33,8 @@ ARCHITECTURES = ("8.0", "9.0a", "10.0a")
 MOST_MEGABYTES = 4096  # a unit may take
 MOST_SECONDS = 600  # the whole build may take, on two cores
 STORES = ("STG", "UTMASTG", "UTMAREDG")
-# What a unit has to be made of, by the beginning or the end of its name: 16-byte accesses; the tensor cores and copy
-# engines of an architecture.
+# Instructions that a unit has to hold, by the beginning or the end of its name: 16-byte accesses; the tensor cores and
+# copy engines of an architecture.
 VECTOR = ("LDG.E.128", "STG.E.128")
 INTENDED = {
     "crop_resize": VECTOR,
@@ -89,7 +89,7 @@ def discover(**variables: str) -> dict[str, str]:
 
 
 def missing_tool(disassemble: bool = True) -> str | None:
-    """What this machine lacks to compile the units, and to take binaries apart, or None."""
+    """The tool that this machine lacks to compile the units or to take binaries apart, or None."""
     try:
         discover()
     except RuntimeError as error:
@@ -156,7 +156,7 @@ def run_measured(command: list[str], folder: Path) -> tuple[str, float, int]:
 
 
 def count_instructions(sass: str) -> dict[str, Counter[str]]:
-    """Of every kernel in a disassembly, how often each instruction stands."""
+    """Counts the instructions of every kernel in a disassembly."""
     found: dict[str, Counter[str]] = {}
     counts: Counter[str] = Counter()
     for line in sass.splitlines():
@@ -213,7 +213,7 @@ def cutlass_version() -> str:
 
 
 def faults(unit: Unit) -> list[str]:
-    """What is wrong with a compiled unit; nothing for a good one."""
+    """The faults of a compiled unit; none for a good one."""
     found = []
     if unit.kernels == 0:
         found.append("holds no kernel")

@@ -12,11 +12,11 @@ import argparse
 import csv
 import hashlib
 import json
-import math
 import re
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def nano() -> str:
 
 
 def explained() -> dict[str, str]:
-    """What README's picture says of itself: question, answer, and the digest of its sources."""
+    """The metadata that README's picture carries: question, answer, and the digest of its sources."""
     from PIL import Image
 
     if not EXPLAINED.exists():
@@ -87,7 +87,7 @@ def explain() -> None:
 
 
 def answer() -> str:
-    """What README's command prints."""
+    """The output of README's command."""
     return f"```text\n{explained().get('answer')}\n```\n"
 
 
@@ -141,11 +141,6 @@ def parameters() -> str:
     return table(["part", *(f"`{name}`" for name in PRESETS)], rows)
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    logarithms = [math.log(value) for value in values]
-    return math.exp(sum(logarithms) / len(logarithms))
-
-
 def cpu_ratios() -> tuple[dict[str, str], dict[tuple[str, str], float], dict[tuple[str, str], float]]:
     """A row of the CPU's record; tuned eager's time over ours, and our share of its memory, by shape and direction."""
     from bench import records
@@ -163,7 +158,7 @@ def cpu_ratios() -> tuple[dict[str, str], dict[tuple[str, str], float], dict[tup
 
 
 def mean_of(ratios: dict[tuple[str, str], float], direction: str) -> float:
-    return geometric_mean(value for key, value in ratios.items() if key[1] == direction)
+    return statistics.geometric_mean(value for key, value in ratios.items() if key[1] == direction)
 
 
 def headline() -> str:
@@ -195,7 +190,7 @@ def cpu() -> str:
 
 
 def native() -> str:
-    """What the native backend is worth on a CPU, over the eager one and over slices."""
+    """The native backend's speed-up on a CPU over the eager one and over slices."""
     from bench import goals, records
 
     rows = records.read(CPU) + records.read(CROP_RESIZE_CPU)
@@ -220,7 +215,7 @@ def native() -> str:
         ]
         for workload in workloads
     ]
-    means = [geometric_mean(column) for column in zip(*figures, strict=True)]
+    means = [statistics.geometric_mean(column) for column in zip(*figures, strict=True)]
 
     def line(name: str, values: list[float]) -> list[str]:
         faster, calls, own, *alone = values
@@ -238,14 +233,14 @@ def native() -> str:
 
 
 def columns() -> str:
-    """What the benchmarks' CSV holds."""
+    """The columns of the benchmarks' CSV."""
     from bench.records import COLUMNS
 
     return "| Column | Meaning |\n| --- | --- |\n" + "".join(f"| `{n}` | {what} |\n" for n, what in COLUMNS.items())
 
 
 def sections() -> str:
-    """What `make gpu` runs."""
+    """The sections that `make gpu` runs."""
     from tools.gpu import SECTIONS
 
     rows = [f"| `{s.name}` | {s.limit} s | {s.what} |\n" for s in SECTIONS]
@@ -253,7 +248,7 @@ def sections() -> str:
 
 
 def compiled() -> str:
-    """How many kernels each Triton compiled for each architecture, and what was wrong with them."""
+    """The number of kernels that each Triton compiled for each architecture, and their faults."""
     with COMPILED.open(newline="") as file:
         rows = list(csv.DictReader(file))
     groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}

@@ -28,13 +28,20 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 BUILD_TOOLS = ["setuptools>=77", "wheel", "cmake", "ninja"]
 STAMP = "fila-setup.json"
 LIBRARY = ROOT / "fila_kernels" / "lib" / "libfila_kernels.so"
-# What decides how csrc is compiled, beside its sources.
+# The variables of setup.py that decide how csrc is compiled; for PATH stand the programs below.
 BUILD_VARIABLES = (
-    "FILA_KERNELS_BUILD_NATIVE",
-    "FILA_KERNELS_BUILD_CUDA",
-    "TORCH_CUDA_ARCH_LIST",
-    "CUTLASS_PATH",
     "CXX",
+    "CXXFLAGS",
+    "LDFLAGS",
+    "CUDACXX",
+    "CUDA_HOME",
+    "CUDAFLAGS",
+    "CUDAHOSTCXX",
+    "CUTLASS_PATH",
+    "TORCH_CUDA_ARCH_LIST",
+    "MAX_JOBS",
+    "FILA_KERNELS_BUILD_CUDA",
+    "FILA_KERNELS_BUILD_NATIVE",
 )
 BUILD_PROGRAMS = ("c++", "g++", "clang++", "nvcc")
 NO_CONNECTION = re.compile(r"NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|Max retries exceeded")

@@ -12,6 +12,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools.cuda_units import find_tool  # noqa: E402
+
 BUILD = ROOT / "build" / "sanitize"
 LIBRARY = BUILD / "libfila_kernels.so"
 FUZZED_CALLS = 10000
@@ -38,7 +42,7 @@ print("nobody saw it")
 
 
 def tool(name: str) -> str:
-    path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    path = find_tool(name)
     if path is None:
         raise SystemExit(f"error: {name} was not found")
     return path

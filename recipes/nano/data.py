@@ -1,11 +1,11 @@
 """Batches for training: generated pages, the conversation about each, and where every character stands.
 
-Shapes: V views of a page, N patches a view, S `SLOTS`, L text length.
+Shapes: V views of a page, N patches per view, S `SLOTS`, L text length.
 
-The *character map* is the dense target of stage 0: each patch is labelled with the characters whose ink centre lies in
-its columns and whose line runs through its rows, from left to right, and with the character before them. The *coverage
-map* labels every cell of 4 x 4 pixels with the character that covers it; it is what the ConvNeXt's second stage, whose
-cells are that small, learns first.
+Stage 0 has two dense targets. The *character map* labels each patch with its characters from left to right (ink centre
+within the patch's columns, line through its rows), and with the character to the left of the first. The *coverage map*
+labels every cell of 4 x 4 pixels with the character that covers it: the ConvNeXt's second stage, whose cells are that
+small, learns it first.
 """
 
 import itertools
@@ -254,7 +254,7 @@ class Batches(Dataset):
     and little of it is padding.
 
     Args:
-        batch: pages a step.
+        batch: pages per step.
         rank, world: which process takes its share of every batch, and how many there are.
     """
 

@@ -7,6 +7,7 @@ starts; without a compiler the library's gradient is taken, in float32.
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -45,19 +46,18 @@ extern "C" void weight_gradient(const float* x, const float* g, float* out, long
 @cache
 def compiled() -> Any:
     """The function above, or None without a compiler."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    if shutil.which(compiler[0]) is None:
         return None
-    folder = Path(tempfile.mkdtemp(prefix="fila-nano-"))
-    source, library = folder / "depthwise.cpp", folder / "depthwise.so"
-    source.write_text(SOURCE)
-    flags = ["-O3", "-march=native", "-ffast-math", "-shared", "-fPIC"]
-    if subprocess.run([compiler, *flags, "-o", library, source], capture_output=True).returncode:
-        return None
-    function = ctypes.CDLL(str(library)).weight_gradient
+    with tempfile.TemporaryDirectory(prefix="fila-nano-") as folder:  # a loaded library may be unlinked
+        source, library = Path(folder, "depthwise.cpp"), Path(folder, "depthwise.so")
+        source.write_text(SOURCE)
+        flags = ["-O3", "-march=native", "-ffast-math", "-shared", "-fPIC"]
+        if subprocess.run([*compiler, *flags, "-o", library, source], capture_output=True).returncode:
+            return None
+        function = ctypes.CDLL(str(library)).weight_gradient
     function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 4
     function.restype = None
-    shutil.rmtree(folder)
     return function
 
 

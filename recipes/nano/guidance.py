@@ -22,7 +22,7 @@ from recipes.nano.pages.sample import Sample
 
 
 class Head(NamedTuple):
-    """Which head learns to look, and how much its loss counts."""
+    """The head that learns to look, and the weight of its loss."""
 
     layer: int
     head: int
@@ -36,7 +36,9 @@ HEADS = {
     "up": Head(1, 2, 0.5),
     "find": Head(1, 3, 0.5),
 }
-Guides = dict[str, Tensor]  # for each of `HEADS`, [n, 2]: text positions that look and where they shall look
+Guides = dict[
+    str, Tensor
+]  # for each of `HEADS`, [n, 2]: text positions that look, and the positions that they should look at
 
 
 def token_of(layout: Layout, y: float, x: float) -> int | None:
@@ -52,7 +54,7 @@ def token_of(layout: Layout, y: float, x: float) -> int | None:
 
 
 def guides(sample: Sample, layout: Layout, first_image_token: int, said: list[int]) -> Guides:
-    """Who shall look where in a page's conversation.
+    """The positions of a page's conversation that each head should look from and at.
 
     Args:
         said: for each of `sample.asked` the position of the answer's first character.
@@ -115,7 +117,7 @@ class Guidance:
         return found
 
     def _surprise(self, head: Head, row: int, pairs: Tensor) -> Tensor:
-        """-log attention of one head in one page, for [n, 2] positions and what they shall look at: [n]."""
+        """-log attention of one head in one page, for [n, 2] positions and their targets: [n]."""
         attention, (states, (cos, sin)) = self.layers[head.layer], self.inputs[head.layer]
         size = attention.head_dim
         part = slice(head.head * size, (head.head + 1) * size)

@@ -43,7 +43,7 @@ class Stage:
     """One stage's recipe.
 
     Args:
-        steps, batch: optimiser steps, pages a step.
+        steps, batch: optimiser steps, pages per step.
         lr: peak learning rate; alpha has ten times as much and no decay.
         trains: parts that learn, by the first words of their parameters' names.
         cropping: False for the rule "direct".
@@ -213,7 +213,7 @@ class Trainee(nn.Module):
         return losses | self._map_losses(maps, batch)
 
     def _grid_loss(self, projected: Tensor, labels: Tensor) -> Tensor:
-        """How far projected tokens are from those the language model learned to read in stage 0; 1 is no better than 0.
+        """The distance of projected tokens from those the language model learned to read in stage 0; zeros score 1.
 
         It hands stage 0's two halves to each other; without it the projector has only the answers to learn from.
         """

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", default="fila-nano")
     parser.add_argument("--init", type=Path, help="checkpoint folder, or <stage>.pt of another run, to begin with")
     parser.add_argument("--steps", type=int, help="optimiser steps instead of the recipe's")
-    parser.add_argument("--batch", type=int, help="pages a step instead of the recipe's")
+    parser.add_argument("--batch", type=int, help="pages per step instead of the recipe's")
     parser.add_argument("--lr", type=float, help="peak learning rate instead of the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -147,7 +147,7 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
 
 
 def weight_of(part: str, dense: float) -> float:
-    """How much a loss counts; `dense` is the weight of the character map's now."""
+    """The weight of a loss; `dense` is the weight of the character map's now."""
     return 1.0 if part == "answer" else HEADS[part].weight if part in HEADS else dense
 
 

@@ -52,7 +52,7 @@ def tools(build, monkeypatch, tmp_path):
 
 
 def discover(folder: Path, cuda: str = "'13.0'", version: str = "2.13.0+cu130", choice: str = "") -> dict[str, str]:
-    """What csrc/discover.cmake finds beside a torch of this version and CUDA."""
+    """The finds of csrc/discover.cmake beside a torch of this version and CUDA."""
     (folder / "version.py").write_text(
         f"from typing import Optional\n__version__ = {version!r}\ncuda: Optional[str] = {cuda}\nhip = None\n"
     )

@@ -55,7 +55,7 @@ def edges(rect: Rect, axis: int) -> tuple[float, float]:
 
 @dataclass
 class Line:
-    """What a line of rendered pixels shows: the image coordinate at each of its centres, and where it should be.
+    """A line of rendered pixels: the image coordinate at each of its centres, and where it should be.
 
     `start` is where the picture starts, in pixels of this rendering from its own corner (negative in a tile that begins
     inside the picture), `size` is what the whole picture measures in them.

@@ -32,7 +32,7 @@ def drawn_sizes(number: int, seed: int = 0) -> list[tuple[int, int]]:
 
 
 def llava_next_tokens(geometry: Geometry, height: int, width: int) -> int:
-    """What transformers' processor counts, without the class token."""
+    """The count of transformers' processor, without the class token."""
     processor = object.__new__(LlavaNextProcessor)
     processor.patch_size = geometry.patch
     processor.num_additional_image_tokens = 1

@@ -134,7 +134,7 @@ def test_glyph_centres_lie_on_the_drawn_ink() -> None:
         singles = single_glyphs(page)
         others = [r for i, r in enumerate(block.runs) if i != block.ask.run]
         run = block.runs[block.ask.run]
-        # What of the run is not the answer, drawn as before.
+        # The run without its answer, drawn as before.
         head, tail = run.text[: block.ask.start], run.text[block.ask.end :]
         assert tail == ""
         others.append(run._replace(text=head))

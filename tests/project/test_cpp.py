@@ -2,17 +2,13 @@
 
 import os
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-
-def find_tool(name: str) -> str | None:
-    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+from tools.cuda_units import find_tool
 
 
 @pytest.mark.slow

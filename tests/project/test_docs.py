@@ -83,6 +83,16 @@ def missing_files(text: str) -> list[str]:
     return sorted(name for name in named if not (ROOT / name).exists())
 
 
+def missing_names(text: str) -> list[str]:
+    """Names in "`file`: `name`, `name`" that the file does not hold."""
+    return [
+        f"{path}: {name}"
+        for path, names in re.findall(r"`([\w./-]+\.\w+)`: ((?:`\w+`(?:, )?)+)", prose_of(text))
+        for name in re.findall(r"`(\w+)`", names)
+        if not re.search(rf"\b{name}\b", (ROOT / path).read_text())
+    ]
+
+
 def executable_blocks(language: str) -> list:
     return [
         pytest.param(block, id=f"{document.relative_to(ROOT)}:{block.line}")
@@ -107,6 +117,7 @@ def test_links_and_named_files_exist(document):
     text = document.read_text()
     assert not broken_links(document, text)
     assert not missing_files(text)
+    assert not missing_names(text)
 
 
 def test_every_document_is_reachable_from_the_index():
@@ -165,6 +176,10 @@ def test_these_checks_can_fail():
     )
     assert broken_links(document, text) == ["#elsewhere", "docs/none.md"]
     assert missing_files(text) == ["fila/none.py"]
+    assert missing_names("`fila/cli.py`: `main`, `nothing`; `setup.py`: `absent_name`") == [
+        "fila/cli.py: nothing",
+        "setup.py: absent_name",
+    ]
     fenced = "```bash\n$ make demo  \n# why\nfila ask \\\n  a.png\n```\n```bash no-run\nmake gpu\n```\n"
     first, second = blocks_of(fenced)
     assert commands_of(first.text) == ["make demo", "fila ask    a.png"]

@@ -74,6 +74,13 @@ def test_the_environment_script_is_readable_to_old_pythons():
             assert annotation is None or isinstance(annotation, ast.Name | ast.Constant), ast.unparse(annotation)
 
 
+def test_the_environment_script_watches_the_variables_of_the_build():
+    spec = importlib.util.spec_from_file_location("fila_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    assert {*environment.BUILD_VARIABLES} == {*setup.VARIABLES, setup.NATIVE} - {"PATH"}
+
+
 def test_the_environment_script_sees_what_changed(monkeypatch, tmp_path):
     before = environment.fingerprint()
     assert environment.fingerprint() == before
@@ -196,7 +203,7 @@ def test_ci_runs_what_the_readme_tells_a_newcomer():
     assert sum(int(seconds) for seconds in re.findall(r"^step (\d+)", script, flags=re.MULTILINE)) < 30 * 60
 
 
-# What a checkout holds beside the project's files: .gitignore's entries and git's own folder.
+# Entries of a checkout beside the project's files: .gitignore's and git's own folder.
 NOT_SOURCES = (
     ".git", ".venv", "__pycache__", "*.pyc", "*.egg-info", ".*_cache", ".hypothesis", ".benchmarks", ".cache", "build",
     "dist", "runs", "data", "out", "lib", "compile_commands.json", ".coverage",

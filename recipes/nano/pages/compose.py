@@ -56,7 +56,7 @@ def plan_page(
 
 
 def measured(page: Page) -> str:
-    """What the seams do to the answer, drawn glyph by glyph and resized to the canvas: see `seams.verdict`."""
+    """The seams' effect on the answer, drawn glyph by glyph and resized to the canvas: see `seams.verdict`."""
     block = page.blocks[0]
     assert block.ask is not None
     run = block.runs[block.ask.run]
@@ -152,7 +152,7 @@ def make_style(rng: Random, split: str, fonts: FontSet, layout: Layout) -> Style
     shapes = list(SHAPES)
     rng.shuffle(shapes)
     tile = layout.geometry.tile
-    # What has tiles shall be unreadable without them; under the rule "direct" the one view is all there is to read.
+    # Where there are tiles, the global view should not show the answer; under the rule "direct" it is all there is.
     shrink = (tile / content.height, tile / content.width) if layout.rows else (1e-3, 1e-3)
     return Style(
         split, rng.choice(fonts.families), ink, accents, paper, dark, content.height / layout.height,
@@ -235,7 +235,7 @@ def _place_target(rng: Random, block: Block, layout: Layout, cut: bool) -> bool:
 
 
 def _quantile(cumulative: tuple[float, ...], share: float) -> float:
-    """Where along a glyph (0 to 1) a share of its ink is passed."""
+    """The place along a glyph (0 to 1) at which a share of its ink is passed."""
     for i in range(1, len(cumulative)):
         if cumulative[i] >= share:
             low, high = cumulative[i - 1], cumulative[i]

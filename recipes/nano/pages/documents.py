@@ -308,6 +308,6 @@ class Document:
 
 
 def asked(rng: Random, label: str, kind: str) -> str:
-    """What a question calls a label: "Invoice" is also the invoice number."""
+    """The name that a question gives a label: "Invoice" is also the invoice number."""
     numbered = label.capitalize() in words.NUMBERED and kind == "number"
     return f"{label} number" if numbered and rng.random() < 0.3 else label

@@ -14,6 +14,7 @@ from random import Random
 
 from PIL import Image
 
+from fila.configuration import preset
 from fila.geometry import Geometry
 from recipes.nano.pages.blocks import SHAPES
 from recipes.nano.pages.compose import find_page, global_ink
@@ -23,9 +24,7 @@ from recipes.nano.pages.page import Page
 from recipes.nano.pages.turns import Span, links, reading_lines, turns
 
 CHARSET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.,:-/%$#&()+'"
-NANO_GEOMETRY = Geometry(
-    tile=64, patch=8, stride=16, canvases=((64, 128), (128, 64), (128, 128), (192, 64), (64, 192)), fixed_size=128
-)
+NANO_GEOMETRY = preset("fila-nano").vision_config.geometry()
 MOST_FURTHER = 16
 LARGEST_SPACE = 0.5  # em; a wider gap separates columns
 
@@ -108,7 +107,7 @@ def make_sample(
         split: "train" or "test", the split of the words; `fonts` should be that split's.
         fonts: the faces to draw with.
         geometry: canvases, tile and fit; one row or column of tiles up to three.
-        cut: whether a seam shall cut the answer; None leaves it to the seed, half and half. Nothing is cut under the
+        cut: whether a seam should cut the answer; None leaves it to the seed, half and half. Nothing is cut under the
             rule "direct", which has no seams.
         crowded: fills the page with lines around what is asked.
         render: False skips the drawing (and the measure on the drawn glyphs), for samples of text only.

@@ -75,7 +75,7 @@ def asks(block: Block) -> list[Ask]:
 
 
 def links(blocks: list[Block]) -> list[Link]:
-    """What belongs to what on a page, asked or not: value and label, word and shape, word and the word before it."""
+    """The pairs that belong together on a page, asked or not: value and label, word and shape, word and predecessor."""
     found = []
     for number, block in enumerate(blocks):
         for ask in asks(block):
