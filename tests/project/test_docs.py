@@ -176,8 +176,8 @@ def test_these_checks_can_fail():
     )
     assert broken_links(document, text) == ["#elsewhere", "docs/none.md"]
     assert missing_files(text) == ["fila/none.py"]
-    assert missing_names("`fila/cli.py`: `main`, `nothing`; `setup.py`: `absent_name`") == [
-        "fila/cli.py: nothing",
+    assert missing_names("`fila/cli.py`: `main`, `absent_name`; `setup.py`: `absent_name`") == [
+        "fila/cli.py: absent_name",
         "setup.py: absent_name",
     ]
     fenced = "```bash\n$ make demo  \n# why\nfila ask \\\n  a.png\n```\n```bash no-run\nmake gpu\n```\n"
