@@ -138,6 +138,11 @@ class FilaVisionConfig(OwnedFields):
         states = self.vit_config.num_hidden_layers + 1
         return self.vision_feature_layer + (states if self.vision_feature_layer < 0 else 0)
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens of a view before its patch tokens: CLIP's class token."""
+        return 1
+
     # What LLaVA-NeXT's classes, and engines, read of a vision configuration.
     hidden_size = part_of("vit_config", "hidden_size")
     image_size = part_of("vit_config", "image_size")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from fila.configuration import FilaVisionConfig
-from fila_kernels import CVFM
+from fila_kernels import CVFM, explain
 
 # Called with each fusion, its input and its output; of the thread or task that set it, so that models stay shareable.
 Watcher = Callable[[Any, Tensor, Tensor], None]
@@ -42,8 +42,24 @@ def watching(watcher: Watcher) -> Iterator[None]:
         _watcher.reset(token)
 
 
+def show_watcher(fusion: nn.Module, before: Tensor, after: Tensor) -> None:
+    """Hands a fusion's input and output to this thread's watcher, if it has one."""
+    # A compiled or exported graph has no place for a watcher.
+    watcher = None if torch.compiler.is_compiling() else _watcher.get()
+    if watcher is not None:
+        watcher(fusion, before, after)
+
+
 class Fusion(nn.Module):
-    """The interface that the encoder knows: a call as above, and the weights that training starts from."""
+    """The interface that the rest of the model knows: a call as above, the first weights, and what a report says of it.
+
+    Nothing outside a fusion reads another attribute of it.
+    """
+
+    @property
+    def convnext_stage(self) -> int | None:
+        """The one ConvNeXt stage that the fusion reads, counted from 1; None where it reads several or none."""
+        return None
 
     def forward(self, tokens: Tensor, maps: Sequence[Tensor], boxes: Sequence[Tensor], image_index: Tensor) -> Tensor:
         raise NotImplementedError
@@ -52,24 +68,58 @@ class Fusion(nn.Module):
         """Sets the weights that training starts from, through `transformers.initialization`."""
         raise NotImplementedError
 
+    def use_backend(self, backend: str | None) -> None:
+        """Takes the user's choice of a backend of `fila_kernels`; without effect where the fusion uses none."""
+
+    def describe(
+        self, tokens: tuple[int, ...], maps: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Any]:
+        """How a call of these shapes is computed, as plain values, in the form of `fila_kernels.explain`.
+
+        Returns:
+            "backend" (a dict of "choice" and "why") and "forward" (the plan and why); empty where there is no choice.
+        """
+        return {}
+
+    def opening(self) -> float | None:
+        """The learned gate's alpha; None for a fusion without one."""
+        return None
+
 
 class DeepFusion(CVFM, Fusion):
     """The paper's fusion at one depth: the CVFM, reading the map of one ConvNeXt stage."""
 
     def __init__(self, config: FilaVisionConfig, stage: int):
         channels = config.convnext_config.hidden_sizes[stage]
-        super().__init__(config.hidden_size, channels, config.fusion_hidden_size, gate=config.fusion_gate)
+        super().__init__(
+            config.hidden_size, channels, config.fusion_hidden_size, gate=config.fusion_gate,
+            num_prefix_tokens=config.num_prefix_tokens,
+        )  # fmt: skip
+        self.hidden_width = config.fusion_hidden_size
         self.stage = stage
 
     def forward(  # type: ignore[override]
         self, tokens: Tensor, maps: Sequence[Tensor], boxes: Sequence[Tensor], image_index: Tensor
     ) -> Tensor:
-        fused = super().forward(tokens, maps[self.stage], boxes[self.stage], image_index)
-        # A compiled or exported graph has no place for a watcher.
-        watcher = None if torch.compiler.is_compiling() else _watcher.get()
-        if watcher is not None:
-            watcher(self, tokens, fused)
-        return fused
+        return super().forward(tokens, maps[self.stage], boxes[self.stage], image_index)
+
+    @property
+    def convnext_stage(self) -> int:
+        return self.stage + 1
+
+    def use_backend(self, backend: str | None) -> None:
+        self.backend = backend
+
+    def describe(
+        self, tokens: tuple[int, ...], maps: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Any]:
+        return explain(
+            tokens, maps[self.stage], self.hidden_width, num_prefix_tokens=self.num_prefix_tokens,
+            dtype=dtype, device=device, plan=self.plan, backend=self.backend,
+        )  # fmt: skip
+
+    def opening(self) -> float | None:
+        return float(self.alpha)
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -98,7 +148,7 @@ def build_fusion(config: FilaVisionConfig) -> nn.ModuleList:
     """The modules that `config` names, one per entry of `config.fusion_layers`, or none at all.
 
     Raises:
-        ValueError: if `config.fusion` is no entry of `FUSIONS`.
+        ValueError: if `config.fusion` is not an entry of `FUSIONS`.
     """
     if config.fusion not in FUSIONS:
         raise ValueError(f"fusion: expected one of {', '.join(FUSIONS)}, got {config.fusion!r}")

@@ -16,7 +16,6 @@ import torch
 from transformers import BatchFeature, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-import fila_kernels
 from fila.checkpoints.check import CheckpointError
 from fila.checkpoints.load import load
 from fila.errors import one_line
@@ -112,7 +111,7 @@ def answer_batch(
             out of range; the model computes NaN or infinity.
     """
     if len(images) != len(questions):
-        raise ValueError(f"expected one question a picture, got {len(questions)} for {len(images)}")
+        raise ValueError(f"expected one question per picture, got {len(questions)} for {len(images)}")
     if not images:
         return []
     for question in questions:
@@ -200,16 +199,20 @@ def fusion_backend(model: FilaForConditionalGeneration, layout: Layout) -> dict[
     config = tower.config
     if not len(tower.fusion):
         return {"choice": "none", "why": "the model has fusion off", "stages": []}
-    tokens = (layout.num_views, 1 + layout.geometry.grid**2, config.hidden_size)
+    tokens = (layout.num_views, config.num_prefix_tokens + layout.geometry.grid**2, config.hidden_size)
+    maps = [
+        (1, layout.raster[0] // stride, layout.raster[1] // stride, channels)
+        for stride, channels in zip(config.convnext_strides, config.convnext_config.hidden_sizes, strict=True)
+    ]
+    backend = {"choice": "none", "why": f"the fusion {config.fusion!r} does not use fila_kernels"}
     stages = []
-    for i, (fusion, stride) in enumerate(zip(tower.fusion, config.convnext_strides, strict=True)):
-        height, width = (side // stride for side in layout.raster)
-        found = fila_kernels.explain(
-            tokens, (1, height, width, config.convnext_config.hidden_sizes[i]), config.fusion_hidden_size,
-            dtype=model.dtype, device=model.device, plan=fusion.plan, backend=fusion.backend,
-        )  # fmt: skip
-        stages.append({"vit_layer": config.fusion_layers[i], "convnext_stage": i + 1, "forward": found["forward"]})
-    return {**found["backend"], "stages": stages}
+    for vit_layer, fusion in zip(config.fusion_layers, tower.fusion, strict=True):
+        found = fusion.describe(tokens, maps, model.dtype, model.device)
+        backend = found.get("backend", backend)
+        stages.append(
+            {"vit_layer": vit_layer, "convnext_stage": fusion.convnext_stage, "forward": found.get("forward")}
+        )
+    return {**backend, "stages": stages}
 
 
 class _Clock:

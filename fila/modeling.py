@@ -112,7 +112,7 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
         encoded = self.vision_tower(
             pixel_values, high_res_pixel_values, image_sizes, layouts=layouts, return_dict=True, **kwargs
         )
-        views = self.multi_modal_projector(encoded.last_hidden_state[:, 1:])
+        views = self.multi_modal_projector(encoded.last_hidden_state[:, self.config.vision_config.num_prefix_tokens :])
         features, _ = self.pack_image_features(
             views.split([layout.num_views for layout in layouts]),
             [(layout.height, layout.width) for layout in layouts],

@@ -34,7 +34,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from fila.configuration import FilaVisionConfig
-from fila.fusion import Fusion, build_fusion
+from fila.fusion import Fusion, build_fusion, show_watcher
 from fila.geometry import Layout
 
 
@@ -314,10 +314,13 @@ class FilaVisionModel(PreTrainedModel):
             x = x.detach().requires_grad_() if loses_gradient(x, layer) else x
             x = layer(x, None, **kwargs)
             if i in fusion_after:
+                parts = x.split(counts) if len(counts) > 1 else [x]
                 fused = [
                     fusion_after[i](x_group, maps[g], groups[g].boxes, groups[g].image_index)
-                    for g, x_group in enumerate(x.split(counts) if len(counts) > 1 else [x])
+                    for g, x_group in enumerate(parts)
                 ]
+                for before, after in zip(parts, fused, strict=True):
+                    show_watcher(fusion_after[i], before, after)
                 x = fused[0] if len(fused) == 1 else torch.cat(fused)
             if output_hidden_states:
                 states.append(x if chosen is None or i in chosen else None)

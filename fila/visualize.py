@@ -18,13 +18,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fila.fusion import watching
+from fila.fusion import Fusion, watching
 from fila.geometry import Layout, Rect
 from fila.modeling import FilaForConditionalGeneration
 
@@ -47,16 +46,17 @@ class Gate:
     """One fusion's effect on one picture.
 
     Attributes:
-        vit_layer: 0-based, as `fusion_layers` counts. convnext_stage: from 1. stride: raster pixels per cell.
-        alpha: the learned gate.
+        vit_layer: 0-based, as `fusion_layers` counts.
+        convnext_stage, stride: from 1; raster pixels per cell. None for a fusion that reads several stages.
+        alpha: the learned gate; None for a fusion without one.
         strength: `||out - in|| / ||in||` over all patch tokens of all views.
         token_strength: [V, G, G] float32, the same ratio for each token, global view first.
     """
 
     vit_layer: int
-    convnext_stage: int
-    stride: int
-    alpha: float
+    convnext_stage: int | None
+    stride: int | None
+    alpha: float | None
     strength: float
     token_strength: np.ndarray
 
@@ -70,24 +70,24 @@ def watch_gates(model: FilaForConditionalGeneration) -> Iterator[list[Gate]]:
     """
     tower = model.model.vision_tower
     config = tower.config
-    stages = {id(fusion): stage for stage, fusion in enumerate(tower.fusion)}
+    layers = {id(fusion): layer for layer, fusion in zip(config.fusion_layers or (), tower.fusion, strict=False)}
     gates: list[Gate] = []
 
-    def measure(fusion: Any, before: torch.Tensor, after: torch.Tensor) -> None:
-        stage = stages.get(id(fusion))
-        if stage is None:
+    def measure(fusion: Fusion, before: torch.Tensor, after: torch.Tensor) -> None:
+        layer = layers.get(id(fusion))
+        if layer is None:
             return  # another model's
-        prefix = fusion.num_prefix_tokens
+        prefix, stage = config.num_prefix_tokens, fusion.convnext_stage
         x, y = before[:, prefix:].detach().float(), after[:, prefix:].detach().float()
         size, change = x.norm(dim=-1), (y - x).norm(dim=-1)
         side = int(x.shape[1] ** 0.5)
         tiny = torch.finfo(torch.float32).tiny
         gates.append(
             Gate(
-                config.fusion_layers[stage],
-                stage + 1,
-                config.convnext_strides[stage],
-                float(fusion.alpha),
+                layer,
+                stage,
+                None if stage is None else config.convnext_strides[stage - 1],
+                fusion.opening(),
                 float(change.norm() / size.norm().clamp_min(tiny)),
                 (change / size.clamp_min(tiny)).view(-1, side, side).cpu().numpy(),
             )
@@ -353,9 +353,12 @@ def _gate_panel(gates: Sequence[Gate], layout: Layout) -> Image.Image:
     for i, (gate, values) in enumerate(zip(gates, maps, strict=True)):
         top = head + i * row
         middle = top + row // 2
-        names = f"ViT layer {gate.vit_layer}  +  ConvNeXt stage {gate.convnext_stage}"
+        source = "ConvNeXt" if gate.convnext_stage is None else f"ConvNeXt stage {gate.convnext_stage}"
+        names = f"ViT layer {gate.vit_layer}  +  {source}"
+        details = [f"stride {gate.stride}"] if gate.stride is not None else []
+        details += [f"alpha {gate.alpha:.3g}"] if gate.alpha is not None else []
         pen.text((0, middle - 12), names, INK, _font(18), anchor="lm")
-        pen.text((0, middle + 12), f"stride {gate.stride}, alpha {gate.alpha:.3g}", FAINT, _font(16), anchor="lm")
+        pen.text((0, middle + 12), ", ".join(details), FAINT, _font(16), anchor="lm")
         pen.rectangle((left, middle - 13, right, middle + 13), (238, 240, 243))
         length = round((right - left) * gate.strength / longest)
         if length:

@@ -30,7 +30,7 @@ def load(
             network); None for the `fila-nano` that is shipped with the package.
         device: "auto" (a CUDA device if there is one), or what `torch.device` takes.
         dtype: "auto" (float32 on a CPU, the checkpoint's own elsewhere), "float32", "bfloat16" or "float16".
-        backend: of the CVFM, see `fila_kernels.dispatch.resolve`; None leaves it to the environment and the default.
+        backend: of the fusions, see `fila_kernels.dispatch.resolve`; None leaves it to the environment and the default.
 
     Raises:
         CheckpointError: a file is missing or damaged, another model's, or its tensors are not this model's.
@@ -50,7 +50,7 @@ def load(
         if generation_config is not None:
             model.generation_config = generation_config
         for fusion in model.model.vision_tower.fusion:
-            fusion.backend = backend
+            fusion.use_backend(backend)
         return model.to(chosen_device).eval(), processor
 
 

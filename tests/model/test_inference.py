@@ -60,7 +60,7 @@ def test_several_pictures_in_one_batch(loaded):
     assert [one.picture for one in found] == ["a", "PIL image of mode RGB"]
     assert [one.tiles for one in found] == [(1, 2), (1, 3)]
     assert answer_batch(model, processor, [], []) == []
-    with pytest.raises(ValueError, match="one question a picture"):
+    with pytest.raises(ValueError, match="one question per picture"):
         answer_batch(model, processor, [picture()], [])
 
 

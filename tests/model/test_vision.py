@@ -1,13 +1,17 @@
 """The hybrid encoder: equality with its source ViT, the gate, groups of canvases, fusions, refused input."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 from transformers import CLIPVisionModel
 
-from fila import FilaVisionConfig, FilaVisionModel, preset
+from fila import FilaVisionConfig, FilaVisionModel, cli, inference, preset
 from fila.configuration import NANO_CANVASES
 from fila.fusion import FUSIONS, Fusion
+from tests.model.tiny_checkpoint import save_checkpoint
 
 
 def nano_vision(**fields) -> FilaVisionModel:
@@ -128,6 +132,25 @@ def test_another_fusion_is_one_entry_of_the_registry(monkeypatch):
         assert maps == [(2, 256 // s, 256 // s, c) for s, c in zip((2, 4, 8, 16), (32, 64, 128, 256), strict=True)]
         assert boxes == [layout.boxes(s) * 2 for s in (2, 4, 8, 16)]
         assert index == [0] * 5 + [1] * 5
+
+
+def test_another_fusion_is_loaded_asked_and_explained(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(FUSIONS, "every", lambda config: [EveryStage() for _ in config.fusion_layers])
+    folder = save_checkpoint(tmp_path / "checkpoint", fusion="every")
+    Image.new("RGB", (120, 90), "white").save(tmp_path / "a.png")
+    picture, out = str(tmp_path / "a.png"), tmp_path / "explained.png"
+    asked = ["ask", picture, "What?", "--model", str(folder), "--max-new-tokens", "2", "--json"]
+    assert cli.main([*asked, "--explain", str(out), "--backend", "eager"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["backend"]["choice"] == "none"
+    assert "'every' does not use fila_kernels" in record["backend"]["why"]
+    assert [stage["vit_layer"] for stage in record["backend"]["stages"]] == [1, 2, 4, 5]
+    gates = record["explained"]["gates"]
+    assert [(gate["convnext_stage"], gate["alpha"]) for gate in gates] == [(None, None)] * 4
+    assert all(gate["strength"] > 0 for gate in gates)
+    assert out.exists()
+    found = inference.answer(*inference.load(folder), Image.open(picture), "What?", max_new_tokens=2)
+    assert found.backend == record["backend"]
 
 
 @pytest.mark.parametrize("rule", ["scaled", "fixed", "direct"])

@@ -14,9 +14,10 @@ def save_checkpoint(folder: Path, fusion: str = "deep", alpha: float = 0.5) -> P
     config = preset("fila-nano")
     config.vision_config.fusion = fusion
     model = FilaForConditionalGeneration(config)
-    for module in model.model.vision_tower.fusion:
-        torch.nn.init.constant_(module.alpha, alpha)
+    if fusion == "deep":
+        for module in model.model.vision_tower.fusion:
+            torch.nn.init.constant_(module.alpha, alpha)
     model.to(torch.bfloat16).save_pretrained(folder)
-    image_processor = FilaImageProcessor.from_geometry(config.vision_config.geometry(), do_high_res=fusion == "deep")
+    image_processor = FilaImageProcessor.from_geometry(config.vision_config.geometry(), do_high_res=fusion != "none")
     FilaProcessor(image_processor, build_character_tokenizer()).save_pretrained(folder)
     return folder
