@@ -68,7 +68,7 @@ gpu: ## on a machine with an NVIDIA GPU: correctness, tuning, benchmarks, end to
 	@PYTHONPATH=. $(PYTHON) -m tools.gpu $(ARGS)
 
 train-nano: setup ## train fila-nano from nothing into runs/nano (hours on a CPU; goes on where it stopped)
-	for stage in vision text align tune; do $(RUN) -m recipes.nano.train $$stage --out runs/nano $(ARGS) || exit; done
+	for stage in text vision align tune; do $(RUN) -m recipes.nano.train $$stage --out runs/nano $(ARGS) || exit; done
 	$(RUN) -m recipes.nano.checkpoint --run runs/nano --out runs/nano/fila-nano
 
 clean: ## remove builds and caches (.venv stays)

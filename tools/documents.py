@@ -101,7 +101,7 @@ def kinds() -> str:
 def training() -> str:
     """Each stage's steps and its losses, first and last, from the logs."""
     rows = []
-    for stage in ("vision", "text", "align", "tune"):
+    for stage in ("text", "vision", "align", "tune"):
         with (RECORD / f"{stage}.csv").open(newline="") as file:
             first, *_, last = csv.DictReader(file)
         losses = [f"{part} {first[part]} to {last[part]}" for part in list(first)[1 : list(first).index("norm")]]

@@ -17,7 +17,7 @@ from fila.image_processing import FilaImageProcessor
 from fila.processing import FilaProcessor
 from recipes.nano.stages import STAGES
 from recipes.nano.tokenizer import build_character_tokenizer
-from recipes.nano.train import build
+from recipes.nano.train import TILE, build
 
 LEAST_GATE = 0.05
 
@@ -30,8 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--stage", default="tune", choices=STAGES, help="stage whose averaged weights are taken")
     parser.add_argument("--preset", default="fila-nano")
+    parser.add_argument("--tile", type=int, default=TILE, help="the run's own")
     args = parser.parse_args(argv)
-    trainee, geometry = build(args.preset)
+    trainee, geometry = build(args.preset, tile=args.tile)
     saved = torch.load(args.run / f"{args.stage}.pt", weights_only=True)
     expected = {name for name, _ in trainee.named_parameters()}
     if expected != set(saved["average"]):

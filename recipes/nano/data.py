@@ -35,7 +35,7 @@ NUM_CLASSES = 1 + len(CLASSES)  # class 0 is an empty slot
 IGNORE = -100
 TOGETHER = 8  # batches
 TRANSCRIBE, LINE_BREAK, LONGEST_TRANSCRIPT = "Read the page.", "|", 160
-TRANSCRIBED = 8  # one page in so many; what kind of page it is does not depend on its index
+TRANSCRIBED = 40  # one page in so many; what kind of page it is does not depend on its index
 
 
 def character_map(sample: Sample, patch: int) -> Tensor:

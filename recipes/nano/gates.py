@@ -23,7 +23,7 @@ from recipes.nano.data import HELD, IGNORE, NUM_CLASSES, SLOTS, Batches, PageBat
 from recipes.nano.pages.fonts import FontSet
 from recipes.nano.stages import Trainee
 from recipes.nano.tokenizer import build_character_tokenizer
-from recipes.nano.train import begin_with, build
+from recipes.nano.train import TILE, begin_with, build
 
 SEED = 800_000_000  # no page of training, none of the frozen test
 
@@ -82,9 +82,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="folder written by recipes.nano.train")
     parser.add_argument("--count", type=int, default=400, help="pages of each kind")
     parser.add_argument("--preset", default="fila-nano")
+    parser.add_argument("--tile", type=int, default=TILE, help="the run's own")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args(argv)
-    trainee, geometry = build(args.preset)
+    trainee, geometry = build(args.preset, tile=args.tile)
     begin_with(trainee, args.run / f"{args.stage}.pt")
     report: dict[str, dict[str, list[int]]] = {}
     for source in ("cards", "documents"):

@@ -1,13 +1,13 @@
 """Defines the stages of training: what runs, what learns, what stays frozen.
 
-    vision   stage 0: the hybrid tower learns the character map of a page (nothing is pretrained)
-    text     stage 0: the language model answers questions about pages given as text on a grid
+    text     stage 0: the language model answers questions about pages given as text on a grid (nothing is pretrained)
+    vision   stage 0: the hybrid tower and the projector learn the character map of a page, and the tokens of `text`
     align    stage 1 of the paper: no cropping; only the projector and the fusion layers learn, the rest is frozen
     tune     stage 2 of the paper: dynamic cropping, all parameters
 
-The two halves of stage 0 stand in for the pretrained towers the paper starts from, and need not know of each other. In
-`text`, a page reaches the language model as the tokens a perfect encoder might make: for each patch the sum of its
-characters' own embeddings, turned by one matrix per slot, and of its place in the tile. Those are dropped afterwards.
+The two halves of stage 0 stand in for the pretrained towers the paper starts from. In `text`, a page reaches the
+language model as the tokens a perfect encoder might make: for each patch the sum of its characters' own embeddings,
+turned by one matrix per slot, and of its place in the tile. Those tokens are then what `vision` aims at.
 
 Shapes: V views, N patches a view, D the ViT's width, S slots a patch, K `NUM_CLASSES`.
 """
@@ -47,7 +47,8 @@ class Stage:
         lr: peak learning rate; alpha has ten times as much and no decay.
         trains: parts that learn, by the first words of their parameters' names.
         cropping: False for the rule "direct".
-        dense: weight of the character-map loss at the start and at the end.
+        dense: weight of the losses on tokens and maps, at the start and at the end. In `tune` the gradients of the
+            answers are some twenty times as large in the tower.
         shares: kinds of pages and how often each comes, see `recipes.nano.pages.sources`.
     """
 
@@ -62,20 +63,20 @@ class Stage:
 
 
 STAGES = {
-    "vision": Stage(
-        1300,
-        8,
-        2e-3,
-        ("model.vision_tower", "heads"),
-        dense=(1, 1),
-        shares={"cards": 0.3, "dense": 0.2, "documents": 0.5},
-    ),
     "text": Stage(
-        5200,
+        3200,
         8,
         2e-3,
         ("model.language_model", "lm_head", "model.image_newline", "grid_text"),
         shares={"cards": 0.4, "dense": 0.2, "documents": 0.4},
+    ),
+    "vision": Stage(
+        1300,
+        8,
+        2e-3,
+        ("model.vision_tower", "model.multi_modal_projector", "heads"),
+        dense=(1, 1),
+        shares={"cards": 0.3, "dense": 0.2, "documents": 0.5},
     ),
     "align": Stage(
         400,
@@ -86,7 +87,7 @@ STAGES = {
         dense=(1, 1),
         warmup=30,
     ),
-    "tune": Stage(1400, 8, 1.8e-3, ("",), dense=(1, 0.3), shares={"cards": 0.5, "documents": 0.5}),
+    "tune": Stage(1400, 8, 1.8e-3, ("",), dense=(15, 15), shares={"cards": 0.6, "documents": 0.4}),
 }
 
 
@@ -197,7 +198,7 @@ class Trainee(nn.Module):
         return BaseModelOutputWithPooling(pooler_output=features)
 
     def _vision(self, batch: PageBatch) -> dict[str, Tensor]:
-        """Character-map losses of the tower and of its ConvNeXt; the global view is unreadable and left out."""
+        """Losses of the tower on characters, maps and stage 0's tokens, without the global view: it is unreadable."""
         tower = self.export.model.vision_tower
         labels = [view_labels(c, layout)[1:] for c, layout in zip(batch.characters, batch.layouts, strict=True)]
         pixels, high_res = batch.inputs["pixel_values"], batch.inputs["high_res_pixel_values"]
@@ -208,8 +209,11 @@ class Trainee(nn.Module):
         maps: list[list[Tensor]] = []
         with tower.convnext.register_forward_hook(lambda module, args, out: maps.append(out)):
             x = tower.encode(tiles, rasters, groups)
-        logits = self.heads.tokens(x[:, 1:])
-        losses = {"tokens": dense_loss(logits, torch.cat([labels[i] for i in order]))}
+        wanted = torch.cat([labels[i] for i in order])
+        losses = {
+            "tokens": dense_loss(self.heads.tokens(x[:, 1:]), wanted),
+            "grid": self._grid_loss(self.export.model.multi_modal_projector(x[:, 1:]), wanted),
+        }
         return losses | self._map_losses(maps, batch)
 
     def _grid_loss(self, projected: Tensor, labels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Trains `fila-nano`, stage by stage, resumable at any moment.
 
-    python -m recipes.nano.train vision --out runs/nano      # the two halves of stage 0 may run side by side
-    python -m recipes.nano.train text   --out runs/nano
+    python -m recipes.nano.train text   --out runs/nano      # stage 0, its two halves
+    python -m recipes.nano.train vision --out runs/nano
     python -m recipes.nano.train align  --out runs/nano      # stage 1
     python -m recipes.nano.train tune   --out runs/nano      # stage 2
 
@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 
-from fila.configuration import preset
+from fila.configuration import FilaConfig, preset
 from fila.geometry import Geometry
 from fila.image_processing import FilaImageProcessor
 from fila.modeling import FilaForConditionalGeneration
@@ -38,8 +38,9 @@ from recipes.nano.pages.fonts import FontSet
 from recipes.nano.stages import STAGES, Stage, Trainee
 from recipes.nano.tokenizer import build_character_tokenizer
 
-PREDECESSORS = {"vision": (), "text": (), "align": ("vision", "text"), "tune": ("vision", "text", "align")}
+PREDECESSORS = {"text": (), "vision": ("text",), "align": ("text", "vision"), "tune": ("text", "vision", "align")}
 SEEDS = {"vision": 0, "text": 10_000_000, "align": 200_000_000, "tune": 300_000_000}  # no page is met in two stages
+TILE = 96  # canvas pixels; the preset's 64 holds ten lines a page
 ALPHA_RATE = 10.0
 WEIGHT_DECAY = 0.02
 CLIP = 1.0
@@ -51,7 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and logs")
     parser.add_argument("--preset", default="fila-nano")
-    parser.add_argument("--init", type=Path, help="checkpoint folder, or <stage>.pt of another run, to begin with")
+    parser.add_argument("--tile", type=int, default=TILE, help="side of a tile, canvas pixels")
+    parser.add_argument(
+        "--init", type=Path, help="weights to begin with, see begin_with; stages before this may then be missing"
+    )
     parser.add_argument("--steps", type=int, help="optimiser steps instead of the recipe's")
     parser.add_argument("--batch", type=int, help="pages per step instead of the recipe's")
     parser.add_argument("--lr", type=float, help="peak learning rate instead of the recipe's")
@@ -77,13 +81,13 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
         distributed.init_process_group("gloo")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    trainee, geometry = build(args.preset, cropping=stage.cropping)
+    trainee, geometry = build(args.preset, cropping=stage.cropping, tile=args.tile)
     trainee.freeze(stage)
     if args.init:
         begin_with(trainee, args.init)
     for before in PREDECESSORS[name]:
-        learned = torch.load(args.out / f"{before}.pt", weights_only=True)["average"]
-        trainee.load_state_dict(learned, strict=False)
+        if (args.out / f"{before}.pt").exists() or not args.init:
+            begin_with(trainee, args.out / f"{before}.pt")
     learning = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(learning, stage.lr)
     average = {n: p.detach().clone() for n, p in learning.items()}
@@ -152,12 +156,15 @@ def weight_of(part: str, dense: float) -> float:
 
 
 def begin_with(trainee: Trainee, folder: Path) -> None:
-    """Loads a run's averaged weights (`<stage>.pt`) or a checkpoint folder's.
+    """Loads averaged weights, of one stage (`<stage>.pt`) or of all (`.safetensors`), or a checkpoint folder's.
 
-    A checkpoint of another tile size gets its ViT positions interpolated.
+    A checkpoint folder of another tile size gets its ViT positions interpolated.
     """
     if folder.suffix == ".pt":
         trainee.load_state_dict(torch.load(folder, weights_only=True)["average"], strict=False)
+        return
+    if folder.suffix == ".safetensors":
+        trainee.load_state_dict(load_file(folder), strict=False)
         return
     weights = load_file(folder / "model.safetensors")
     position = trainee.export.model.vision_tower.vit.embeddings.position_embedding.weight
@@ -181,14 +188,27 @@ def average_gradients(parameters: Iterable[Tensor], world: int) -> None:
         parameter.grad = part.view_as(parameter)
 
 
-def build(name: str, cropping: bool = True) -> tuple[Trainee, Geometry]:
+def build(name: str, cropping: bool = True, tile: int = TILE) -> tuple[Trainee, Geometry]:
     """A fresh model of that preset with its training heads, set to crop or not, and the geometry that follows."""
-    config = preset(name)
+    config = with_tile(preset(name), tile)
     if not cropping:
         config.vision_config.high_res_rule = "direct"
     trainee = Trainee(FilaForConditionalGeneration(config))
     quicken(trainee)
     return trainee, config.vision_config.geometry()
+
+
+def with_tile(config: FilaConfig, tile: int) -> FilaConfig:
+    """The configuration with tiles of another side: canvases and raster grow with it, patches stay."""
+    fields = config.to_dict()
+    vision, old = fields["vision_config"], config.vision_config.image_size
+    vision["vit_config"]["image_size"] = tile
+    vision["image_grid_pinpoints"] = [[side * tile // old for side in c] for c in vision["image_grid_pinpoints"]]
+    vision["high_res_size"] = vision["high_res_size"] * tile // old
+    fields["text_config"]["max_position_embeddings"] = 2048  # three tiles of 96 and some twenty questions
+    for copied in ("image_grid_pinpoints", "image_seq_length", "vision_feature_layer"):
+        fields.pop(copied, None)
+    return FilaConfig(**fields)
 
 
 def make_optimizers(learning: Mapping[str, Tensor], lr: float) -> list[torch.optim.Optimizer]:

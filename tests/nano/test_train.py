@@ -123,7 +123,7 @@ def test_pages_of_every_canvas_and_kind_are_transcribed():
 def test_heads_are_told_the_patches_that_hold_the_answers_characters():
     """The model's own order of tokens is the reference."""
     pages = nano_pages(render=False)
-    model = train.build("fila-nano")[0].model
+    model = train.build("fila-nano", tile=64)[0].model
     for i in range(16):
         page = pages[i]
         labels = view_labels(page.characters, page.layout).float()
@@ -139,7 +139,7 @@ def test_heads_are_told_the_patches_that_hold_the_answers_characters():
 
 def test_guidance_rises_the_attention_it_asks_for():
     torch.manual_seed(0)
-    trainee, _ = train.build("fila-nano")
+    trainee, _ = train.build("fila-nano", tile=64)
     pages = nano_pages(render=False)
     batch = collate([pages[0], pages[1]], 0)
     optimizer = torch.optim.Adam(trainee.model.language_model.parameters(), lr=1e-3)
@@ -162,7 +162,7 @@ def test_the_fast_gradient_of_a_depthwise_convolution_is_the_librarys():
 @pytest.mark.parametrize("name", ["vision", "text", "align", "tune"])
 def test_a_stage_moves_what_it_trains_and_nothing_else(name):
     torch.manual_seed(0)
-    trainee, geometry = train.build("fila-nano", cropping=STAGES[name].cropping)
+    trainee, geometry = train.build("fila-nano", STAGES[name].cropping, tile=64)
     assert isinstance(trainee, Trainee)
     trainee.freeze(STAGES[name])
     pages = nano_pages(render=name != "text")
@@ -175,7 +175,7 @@ def test_a_stage_moves_what_it_trains_and_nothing_else(name):
     assert (
         moved
         == {
-            "vision": {"vit", "convnext", "fusion", "heads"},
+            "vision": {"vit", "convnext", "fusion", "heads", "multi_modal_projector"},
             "text": {"language_model", "image_newline", "grid_text"},
             "align": {"multi_modal_projector", "fusion", "heads"},
             "tune": {"vit", "convnext", "fusion", "heads", "multi_modal_projector", "language_model", "image_newline"},
@@ -193,6 +193,8 @@ def stage(name: str, out, *more: str) -> None:
         "0",
         "--threads",
         "1",
+        "--tile",
+        "64",
         "--builtin-font",
         "--save-minutes",
         "0",
@@ -226,9 +228,9 @@ def test_all_stages_export_and_evaluation(tmp_path, monkeypatch, capsys):
     for name in STAGES:
         stage(name, out)
     with pytest.raises(ValueError, match="expected a gate of at least"):
-        checkpoint.main(["--run", str(out), "--out", str(model)])
+        checkpoint.main(["--run", str(out), "--out", str(model), "--tile", "64"])
     monkeypatch.setattr(checkpoint, "LEAST_GATE", 0.0)
-    assert checkpoint.main(["--run", str(out), "--out", str(model)]) == 0
+    assert checkpoint.main(["--run", str(out), "--out", str(model), "--tile", "64"]) == 0
     assert sum(f.stat().st_size for f in model.glob("*.safetensors")) < 16e6
     assert {log.stem for log in (model / "training").glob("*.csv")} == set(STAGES)
     report = tmp_path / "score.json"
