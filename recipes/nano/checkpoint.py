@@ -4,6 +4,10 @@
 
 Writes bf16 safetensors with configuration, processor and tokenizer; the training heads are dropped. The logs of the
 stages go into `training/` there. A run whose gates all ended closed is refused: its ConvNeXt was never used.
+
+    python -m recipes.nano.checkpoint --run runs/nano --stage vision --weights stage0.safetensors
+
+writes what a run has learned up to a stage, training heads included, for another run to begin with (`train --init`).
 """
 
 import argparse
@@ -12,12 +16,13 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from fila.image_processing import FilaImageProcessor
 from fila.processing import FilaProcessor
 from recipes.nano.stages import STAGES
 from recipes.nano.tokenizer import build_character_tokenizer
-from recipes.nano.train import TILE, build
+from recipes.nano.train import PREDECESSORS, TILE, build
 
 LEAST_GATE = 0.05
 
@@ -27,11 +32,19 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m recipes.nano.checkpoint", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--run", type=Path, required=True, help="folder written by recipes.nano.train")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=Path, help="folder of the checkpoint")
+    target.add_argument("--weights", type=Path, help="file of weights to begin another run with")
     parser.add_argument("--stage", default="tune", choices=STAGES, help="stage whose averaged weights are taken")
     parser.add_argument("--preset", default="fila-nano")
     parser.add_argument("--tile", type=int, default=TILE, help="the run's own")
     args = parser.parse_args(argv)
+    if args.weights:
+        learned: dict[str, torch.Tensor] = {}
+        for stage in (*PREDECESSORS[args.stage], args.stage):
+            learned |= torch.load(args.run / f"{stage}.pt", weights_only=True)["average"]
+        save_file({n: value.to(torch.bfloat16).contiguous() for n, value in learned.items()}, args.weights)
+        return 0
     trainee, geometry = build(args.preset, tile=args.tile)
     saved = torch.load(args.run / f"{args.stage}.pt", weights_only=True)
     expected = {name for name, _ in trainee.named_parameters()}

@@ -233,6 +233,9 @@ def test_all_stages_export_and_evaluation(tmp_path, monkeypatch, capsys):
     assert checkpoint.main(["--run", str(out), "--out", str(model), "--tile", "64"]) == 0
     assert sum(f.stat().st_size for f in model.glob("*.safetensors")) < 16e6
     assert {log.stem for log in (model / "training").glob("*.csv")} == set(STAGES)
+    weights = tmp_path / "stage0.safetensors"
+    assert checkpoint.main(["--run", str(out), "--stage", "vision", "--weights", str(weights)]) == 0
+    stage("tune", tmp_path / "again", "--init", str(weights))
     report = tmp_path / "score.json"
     arguments = ["--model", str(model), "--count", "3", "--batch", "2", "--builtin-font", "--out", str(report)]
     assert evaluate.main(arguments) == 0
