@@ -32,17 +32,17 @@ void check_boxes(const char* op, const torch::stable::Tensor& boxes, const torch
 void check_device(const char* op, const char* name, const torch::stable::Tensor& tensor,
                   const torch::stable::Tensor& like);
 
-// What `crop_resize_backward` is told, on either device: boxes for every tile of `grad`, and sizes of a map that can
-// be.
+// The arguments of `crop_resize_backward`, on either device: boxes for every tile of `grad`, and sizes of a map that
+// can be.
 Geometry check_backward(const char* op, const torch::stable::Tensor& grad, const torch::stable::Tensor& boxes,
                         const torch::stable::Tensor& image_index, int64_t images, int64_t height, int64_t width,
                         Device device);
 
-// What `gate_backward` is told, on either device: rows alike in shape, dtype and device.
+// The arguments of `gate_backward`, on either device: rows alike in shape, dtype and device.
 void check_gate(const char* op, const torch::stable::Tensor& grad, const torch::stable::Tensor& branch,
                 const torch::stable::Tensor& alpha, const torch::stable::Tensor& out, Device device);
 
-// What the fused forward pass is called with.
+// The arguments of the fused forward pass.
 struct ForwardArguments {
   torch::stable::Tensor tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha;
   int64_t num_prefix_tokens;

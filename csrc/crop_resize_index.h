@@ -187,7 +187,7 @@ struct CropTables {
   }
 };
 
-// Which samples of a box read a cell, to the sample.
+// The exact range of a box's samples that read a cell.
 FILA_HOST_DEVICE TableRange reading_samples(float low, float high, int64_t cell, int64_t size, int64_t cells) {
   SampleRange range = box_samples<double>(low, high, cell, size, cells);
   while (range.begin < range.end && tap_weight(box_tap<double>(low, high, range.begin, size, cells), cell) == 0.0) {

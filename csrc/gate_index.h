@@ -38,7 +38,7 @@ FILA_HOST_DEVICE float tanh_slope(float u) {
   return 4.0f * e / (sum * sum);
 }
 
-// What an entry of M adds to alpha's gradient: an infinite one has saturated the gate, and one that is not finite is
+// One entry's term of alpha's gradient: an infinite one has saturated the gate, and one that is not finite is
 // nothing to a closed gate.
 FILA_HOST_DEVICE float alpha_term(float slope, float m, float alpha) {
   const bool quiet = std::isinf(m) || (std::isnan(m) && alpha == 0.0f);

@@ -62,7 +62,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     )  # fmt: skip
     ask.add_argument("words", nargs="*", metavar="PICTURE... QUESTION", help="files, or - for standard input; question")
     ask.add_argument("--explain", metavar="OUT.png", help="also draw tiles, seams and gates; out-1.png, ... of several")
-    ask.add_argument("--json", action="store_true", help="print one JSON object a line and picture")
+    ask.add_argument("--json", action="store_true", help="print one JSON object per picture, each on a line")
     ask.add_argument("--model", metavar="PATH", help="checkpoint folder, or hf:OWNER/NAME (default: fila-nano)")
     ask.add_argument("--backend", help="of the fusion: reference, eager, native, triton (default: the best that runs)")
     ask.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")

@@ -26,7 +26,7 @@ FAX = ("tiff_ccitt", "group3", "group4", "tiff_raw_16")  # these need no photome
 
 @dataclass(frozen=True)
 class Samples:
-    """What the numbers of a picture mean.
+    """The meaning of a picture's numbers.
 
     Attributes:
         full: the value of white where the mode holds more than 8 bits.
@@ -70,7 +70,7 @@ class Samples:
 
     @classmethod
     def of_mode(cls, image: Image.Image) -> "Samples":
-        """What the mode alone says."""
+        """The meaning that the mode alone gives."""
         key = image.info.get("transparency")
         if not isinstance(key, (int, tuple)) or not (image.mode in ("1", "L", "RGB") or image.mode[0] == "I"):
             return cls()

@@ -217,7 +217,7 @@ def _as_file(source: Any, name: str | None) -> tuple[IO[bytes], str]:
 
 
 def _from_data_url(url: str, name: str) -> bytes:
-    """What a `data:` URL holds (RFC 2397); base64 may be broken into lines and go without its padding."""
+    """The contents of a `data:` URL (RFC 2397); base64 may be broken into lines and go without its padding."""
     header, comma, body = url.partition(",")
     if not comma:
         raise ImageError(f"{name}: expected data:TYPE;base64,DATA, got no comma")

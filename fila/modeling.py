@@ -34,7 +34,7 @@ LOSS_INPUTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 @dataclass
 class FilaModelOutputWithPast(LlavaNextModelOutputWithPast):
-    """What `FilaModel` returns.
+    """Output of `FilaModel`.
 
     `image_hidden_states` [tokens of all pictures, text width]: the embeddings that took the placeholders' places, None
     without a picture. The other fields are the language model's own.
@@ -43,7 +43,7 @@ class FilaModelOutputWithPast(LlavaNextModelOutputWithPast):
 
 @dataclass
 class FilaCausalLMOutputWithPast(LlavaNextCausalLMOutputWithPast):
-    """What `FilaForConditionalGeneration` returns: `loss`, `logits` and the fields of `FilaModelOutputWithPast`."""
+    """Output of `FilaForConditionalGeneration`: `loss`, `logits` and the fields of `FilaModelOutputWithPast`."""
 
 
 def _carry(output: ModelOutput, source: ModelOutput) -> Any:

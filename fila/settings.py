@@ -102,7 +102,7 @@ def make_part(kind: type[PreTrainedConfig], given: Any, default: dict, place: st
 
 
 class OwnedFields(PreTrainedConfig):
-    """What both configurations share: every name has one owner, unknown names are errors, and all is checked again.
+    """Rules that both configurations share: a name has one owner, unknown names are errors, and all is checked again.
 
     `check` runs when a configuration is made, when a model is built from it and when it is saved, since fields can be
     written in between.

@@ -27,7 +27,6 @@ from fila_kernels.call import (
 BACKENDS = ("reference", "eager", "native", "triton")
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "FILA_KERNELS_BACKEND"
-RENAMED = {"torch": "'native', which is compiled, and 'eager', which is not", "cuda": "'native'"}
 
 # Both are settled before Triton is imported.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -38,7 +37,7 @@ Widths = tuple[int, int]  # of tokens and hidden activation
 
 
 class Backend(Protocol):
-    """What every backend's module has; a new one is added to `BACKENDS`, `_ORDER`, `available` and `implementation`."""
+    """Functions of every backend's module; a new backend enters `BACKENDS`, `_ORDER`, `available`, `implementation`."""
 
     def crop_resize(self, features: Tensor, boxes: Tensor, image_index: Tensor, size: int) -> Tensor: ...
 
@@ -80,8 +79,6 @@ def requested(backend: str | None) -> tuple[str, str]:
         backend, source = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, f"set by {ENVIRONMENT_VARIABLE}"
     if not isinstance(backend, str):  # a list, say, which nothing can look up
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or 'auto', got {backend!r}")
-    if backend in RENAMED:
-        raise ValueError(f"backend: {backend!r} ({source}) is now {RENAMED[backend]}")
     if backend != AUTO and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or 'auto', got {backend!r} ({source})")
     return backend, "default" if backend == AUTO else source
@@ -139,7 +136,7 @@ def _native_available(device: torch.device | None, dtype: torch.dtype | None) ->
             f"it has {description}, and {device} has compute capability {capability[0]}.{capability[1]}; "
             "TORCH_CUDA_ARCH_LIST names others when it is built"
         )
-    return True, f"{description}; products of float32, and of widths that are no multiples of 8, are PyTorch's"
+    return True, f"{description}; products of float32, and of widths that are not multiples of 8, are PyTorch's"
 
 
 def available(backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> tuple[bool, str]:

@@ -22,7 +22,7 @@ PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "alpha")
 DIFFERENTIABLE = ("tokens", "features", *PARAMETERS)
 ARGUMENTS = ("tokens", "features", "boxes", "image_index", *PARAMETERS)
 LAYOUTS = ("dense", "channels_first", "sliced", "expanded")
-# What is frozen, and the gradients that are left.
+# The frozen arguments' name, and the gradients that are left.
 FROZEN = {
     "nothing": DIFFERENTIABLE,
     "inputs": PARAMETERS,
@@ -264,7 +264,7 @@ def error_of(found: Tensor, exact: Tensor) -> float:
 
 
 class Comparison(NamedTuple):
-    """How a result compares with the bound."""
+    """A result compared with the bound."""
 
     error: float
     bound: float
@@ -306,7 +306,7 @@ def assert_close(
 
 
 def alpha_terms(wide: Mapping[str, Any], grad: Tensor, gate: str, prefix: int) -> Tensor:
-    """How large the partial sums of alpha's gradient grow, in float64: the root of the sum of its terms' squares.
+    """The size of the partial sums of alpha's gradient, in float64: the root of the sum of its terms' squares.
 
     The terms are |slope dY| (|A| |W2|' + |b2|), the magnitudes whose rounding any way of summing them inherits. `wide`
     holds the inputs in float64.

@@ -58,12 +58,11 @@ LAYERS = {
     ),
 }
 
-# Packages from outside that a package may import; OPTIONAL rooms may import others as well.
+# Packages from outside that a package may import.
 EXTERNAL = {
     "fila": {"torch", "numpy", "transformers", "huggingface_hub", "tokenizers", "safetensors", "PIL"},
     "fila_kernels": {"torch", "numpy", "triton"},
 }
-OPTIONAL = {"fila.serving", "fila.evaluation", "fila.training", "fila.checkpoints"}
 
 
 def find_modules(root: Path = ROOT) -> dict[str, Path]:
@@ -166,7 +165,7 @@ def faults(graph: dict[str, set[str]], root: Path = ROOT) -> list[str]:
             found += [f"{line}, which does not lie in a lower row" for line in imports]
     for module, path in sorted(find_modules(root).items()):
         package = module.partition(".")[0]
-        if package not in EXTERNAL or room_of(module) in OPTIONAL:
+        if package not in EXTERNAL:
             continue
         own = {name for row in PACKAGES for name in row}
         names = {name.partition(".")[0] for name in imported_names(path, module)}

@@ -36,7 +36,7 @@ constexpr const char* kOp = "fila::cvfm_forward";
 // third shares out. Smaller blocks make the products slower.
 constexpr int64_t kBlockBytes = int64_t(5) << 19;
 
-// What one call computes with.
+// The arguments of one call.
 struct Call {
   Tensor tokens, fc1_weight, fc1_bias, fc2_weight, fc2_bias;
   ForwardSizes sizes;

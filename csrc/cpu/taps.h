@@ -12,7 +12,7 @@
 
 namespace fila {
 
-// What every tile reads: its image, then `size` taps down and `size` taps across.
+// The taps of every tile: its image, then `size` taps down and `size` taps across.
 struct Taps {
   std::vector<float> boxes;  // [T, 4]
   std::vector<int64_t> image;

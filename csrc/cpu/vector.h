@@ -23,7 +23,7 @@ namespace fila {
 
 using torch::headeronly::BFloat16;
 
-// What a type is added up in: at least float32.
+// The type that sums of a type are kept in: at least float32.
 template <typename Scalar>
 struct Accumulate {
   using type = float;

@@ -65,7 +65,7 @@ void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->mutable_data_ptr() : nullptr;
 }
 
-// What an operator's kernel calls of torch is no part of a graph, whatever requires a gradient.
+// Disables autograd for the torch calls inside an operator, whatever requires a gradient.
 class WithoutGraph {
  public:
   WithoutGraph() { aoti_torch_grad_mode_set_enabled(false); }

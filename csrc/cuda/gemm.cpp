@@ -15,7 +15,7 @@ const char* name_of(const Fc2&) {
   return "fc2";
 }
 
-// Which of the kernels that were compiled a device runs: those of its own architecture, else those for any, of which
+// Selects the compiled kernels that a device runs: those of its own architecture, else those for any, of which
 // the driver compiles what the library has as PTX.
 int kernels_for(int capability) {
 #ifdef FILA_SM90A

@@ -105,7 +105,7 @@ struct SinglePassKernel {
   static constexpr uint32_t kQuarterBytes = kRowBytes / kClusterBlocks;
   static constexpr uint32_t kWeightBytes = kBlockColumns * kDepthTile * sizeof(Scalar);
 
-  // One row of this block's quarter of S; a null map for rows that are no samples.
+  // One row of this block's quarter of S; a null map for rows that are not samples.
   struct SampleSource {
     MapScalar const* image;
     PlacedTap y, x;

@@ -10,7 +10,7 @@
 // nvcc names itself to the host's compiler too, from which CUTLASS takes it that kernels can be compiled.
 #undef __NVCC__
 #undef __CUDACC_VER_MAJOR__
-// What is declared in kernels alone.
+// Names that only device code declares.
 static const uint3 blockIdx{};
 using std::max;
 using std::min;

@@ -22,7 +22,7 @@ CHUNK_BYTES = 2 * 2**20
 
 
 class Steps(NamedTuple):
-    """What of the operation is no matrix product, as one backend computes it."""
+    """The sampling and gate functions that a backend supplies to this composition."""
 
     # (maps [B, h, w, W], call) to a function of (first tile, last tile), which gives their samples [rows, W].
     sampler: Callable[[Tensor, Call], Callable[[int, int], Tensor]]
@@ -47,7 +47,7 @@ def patch_rows(call: Call, tokens: Tensor, first: int, last: int) -> Tensor:
 
 
 def tiles_per_chunk(call: Call) -> int:
-    """As many tiles as keep the hidden activation in a CPU's second-level caches; a GPU takes all at once."""
+    """The number of tiles whose hidden activation fits a CPU's second-level caches; on a GPU, all of them."""
     if not on_cpu(call):
         return call.shape.tiles
     return max(1, CHUNK_BYTES // (call.shape.patches * call.shape.hidden_width * call.dtype.itemsize))
@@ -138,7 +138,7 @@ def _gated(m: Tensor, call: Call) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In at least float32."""
+    """The tensor in float32, or float64 if it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -165,17 +165,17 @@ def backward(
     if shut:
         return _backward_closed(call, grad, hidden, branch, needs)
     results: list[Tensor | None] = [None] * 7
-    activated, branch_grad, alpha_total = _second_layer(call, grad, hidden, branch, needs, results, steps)
+    activated, branch_grad, alpha_total = _second_layer_backward(call, grad, hidden, branch, needs, results, steps)
     if needs.inner or (needs.alpha and call.gate == "scale"):
         assert hidden is not None
-        inner, dot = _through_activation(call, grad, hidden, activated, branch_grad, needs, results)
+        inner, dot = _activation_backward(call, grad, hidden, activated, branch_grad, needs, results)
         if call.gate == "scale" and needs.alpha:
             # sum dY M = sum (dY W2) A + sum dY b2, so that M is needed neither saved nor again.
             assert dot is not None
             alpha_total = dot + sum_product(branch_grad.sum(0), call.fc2_bias)
         del activated, branch_grad
         if needs.inner:
-            _first_layer(call, inner, needs, results, steps)
+            _first_layer_backward(call, inner, needs, results, steps)
     if call.gate == "scale":
         scale = call.alpha.tanh()
         for slot in (4, 5):
@@ -201,7 +201,7 @@ def _recompute_hidden(call: Call, steps: Steps) -> Tensor:
 def _backward_closed(
     call: Call, grad: Tensor, hidden: Tensor | None, branch: Tensor | None, needs: Needs
 ) -> list[Tensor | None]:
-    """At alpha = 0 everything inside the branch gets exactly zero, and alpha feels the finite entries of M."""
+    """At alpha = 0 everything inside the branch gets exactly zero, and alpha's gradient sums M's finite entries."""
     inputs = (call.fc1_weight, call.fc1_bias, call.fc2_weight, call.fc2_bias)
     results: list[Tensor | None] = [
         grad.clone(memory_format=torch.contiguous_format) if needs.tokens else None,
@@ -223,7 +223,7 @@ def _backward_closed(
     return results
 
 
-def _second_layer(
+def _second_layer_backward(
     call: Call,
     grad: Tensor,
     hidden: Tensor | None,
@@ -268,7 +268,7 @@ def _second_layer(
     return activated, branch_grad, total
 
 
-def _through_activation(
+def _activation_backward(
     call: Call, grad: Tensor, hidden: Tensor, activated: Tensor | None, branch_grad: Tensor, needs: Needs,
     results: list[Tensor | None],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -324,7 +324,7 @@ def _accumulate(out: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
         out.addmm_(left.t(), right)
 
 
-def _first_layer(call: Call, inner: Tensor, needs: Needs, results: list[Tensor | None], steps: Steps) -> None:
+def _first_layer_backward(call: Call, inner: Tensor, needs: Needs, results: list[Tensor | None], steps: Steps) -> None:
     """fc1's and the features' gradients from dZ."""
     shape, plan = call.shape, call.plan
 
@@ -363,7 +363,7 @@ def _first_layer(call: Call, inner: Tensor, needs: Needs, results: list[Tensor |
 
 
 def _silence(call: Call, grad: Tensor, results: list[Tensor | None]) -> None:
-    """What `_backward_closed` does, without looking at alpha: 0 times a non-finite number left NaN behind."""
+    """The rule of `_backward_closed` without looking at alpha: removes the NaN of 0 times a non-finite number."""
     shut = call.alpha == 0
     for slot, result in enumerate(results[:6]):
         if result is not None:

@@ -47,15 +47,6 @@ def test_environment_variable(monkeypatch):
         dispatch.resolve()
 
 
-@pytest.mark.parametrize(("old", "new"), [("torch", "'native', which is compiled, and 'eager'"), ("cuda", "'native'")])
-def test_old_names_are_refused_with_the_new_ones(old, new):
-    inputs = Case("dispatch").inputs(torch.float32)
-    with pytest.raises(ValueError, match=f"backend: '{old}' .requested by the caller. is now {new}"):
-        cvfm(**inputs, backend=old)
-    with pytest.raises(ValueError, match=f"is now {new}"):
-        crop_resize(inputs["features"], inputs["boxes"], inputs["image_index"], 2, backend=old)
-
-
 @pytest.mark.parametrize("tiles", [0, 3])
 @pytest.mark.parametrize(
     ("backend", "dtype", "reason"),

@@ -19,7 +19,7 @@ CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 @cache
 def load() -> tuple[bool, str]:
-    """Load the native library once a process and return `(loaded, reason)`; it never raises."""
+    """Load the native library once per process and return `(loaded, reason)`; it never raises."""
     if not LIBRARY.exists():
         note = FOLDER / "not_built.txt"
         reason = note.read_text().strip() if note.exists() else f"{LIBRARY} does not exist; install with a C++ compiler"
@@ -40,7 +40,7 @@ def load() -> tuple[bool, str]:
 
 
 class Build(NamedTuple):
-    """What the library was built with, as it says itself."""
+    """The settings that the library was built with, as it reports them."""
 
     architectures: tuple[str, ...]  # of its CUDA kernels, such as "9.0a"; empty without them
     toolkit: str  # the CUDA compiler's version
@@ -63,7 +63,7 @@ def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def build() -> Build | None:
-    """How the library that `load` found was built; None where it did not load."""
+    """The build of the library that `load` found; None where it did not load."""
     return _read_build() if load()[0] else None
 
 

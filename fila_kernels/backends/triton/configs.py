@@ -104,7 +104,7 @@ class GemmConfig:
     persistent: as many programs as run at a time, which go from tile to tile.
     split_epilogue: the columns leave in so many groups, which saves registers.
     split_k: the depth is cut into so many parts, whose sums are added in a fixed order.
-    tail_m: rows of a second accumulator, for tiles whose height is no power of two.
+    tail_m: rows of a second accumulator, for tiles whose height is not a power of two.
     warp_specialize: one warp loads and one issues products.
     """
 
@@ -270,7 +270,7 @@ def _single_pass(problem: Problem, device: Device) -> list[GemmConfig]:
 
 
 def _time(config: GemmConfig, problem: Problem, device: Device) -> float:
-    """What waves of tiles take, in units without meaning: a step multiplies an area and loads two edges for it.
+    """The relative time of all waves of tiles: a step multiplies an area and loads two edges for it.
 
     An edge's element counts as 24 products, a guess that makes large tiles win until a wave is too empty.
     """

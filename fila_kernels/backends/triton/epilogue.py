@@ -166,7 +166,7 @@ def hidden_grad(acc, row, i_m, i_col, alpha, extent, args):
     written = (row < extent.num_rows)[:, None] & in_columns[None, :]
     z = tl.load(at(args.p_hidden, sample, extent.num_columns, column), mask=inside, other=0.0).to(tl.float32)
     activated = gelu(z)
-    # Under a closed gate, and on rows that are no patch tokens, acc may hold anything: none of it is used.
+    # Under a closed gate, and on rows that are not patch tokens, acc may hold anything: none of it is used.
     counts = tl.where(inside, alpha, 0.0) != 0.0
     dot = tl.sum(tl.where(counts, acc * activated, 0.0), 1)
     offsets = (row.to(tl.int64) * extent.num_columns)[:, None] + column[None, :]

@@ -109,7 +109,7 @@ def finish(
 
 
 def _name(specialization: Any) -> str:
-    """What a profiler calls the kernel: `fc1_fwd_kernel` and so on."""
+    """The kernel's name in a profiler: `fc1_fwd_kernel` and so on."""
     return f"{specialization.constants['EPILOGUE'].__name__}_kernel"
 
 
@@ -204,7 +204,7 @@ def weight_grad_kernel(
 
 @lru_cache(maxsize=1024)
 def _constants(config: GemmConfig, precision: str) -> dict[str, Any]:
-    """What a product's kernel is specialised on. One dictionary for all launches of a config: they unpack it."""
+    """A product kernel's constants. One dictionary for all launches of a config: they unpack it."""
     return {
         "TMA": config.tma, "SPECIALIZE": config.warp_specialize, "PRECISION": precision,
         "SPLIT": config.split_epilogue, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,

@@ -55,7 +55,7 @@ def _described(device: torch.device, dtype: torch.dtype, shape: tuple, stride: t
 
 
 def descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
-    """What a kernel loads blocks of a tensor from; elements outside the tensor are read as zero."""
+    """A descriptor from which a kernel loads blocks of a tensor; elements outside it are read as zero."""
     found = object.__new__(TensorDescriptor)
     found.__dict__.update(_described(tensor.device, tensor.dtype, tensor.shape, tensor.stride(), block))
     found.base = tensor

@@ -98,7 +98,7 @@ def token_rows(row, num_rows, length, prefix):
 
 @triton.jit
 def row_offsets(row, length, stride_t, stride_l):
-    """Where the rows of a tensor [T, L, width] begin, for any outer strides."""
+    """Offsets at which the rows of a tensor [T, L, width] begin, for any outer strides."""
     return (row // length).to(tl.int64) * stride_t + (row % length).to(tl.int64) * stride_l
 
 
