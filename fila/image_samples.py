@@ -44,7 +44,7 @@ class Samples:
 
     @classmethod
     def of(cls, image: Image.Image) -> "Samples":
-        """What the header of a picture says; of one that is decoded, TIFF alone remembers it.
+        """The meaning that a picture's header gives; of one that is decoded, TIFF alone remembers it.
 
         Raises:
             ImageError: without a name, if Pillow would read it as another picture, or takes too long to decode it.

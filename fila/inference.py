@@ -245,7 +245,7 @@ def _chat(question: str, picture: Picture | None = None) -> list[dict[str, Any]]
 
 
 def _inputs(processor: FilaProcessor, pictures: Sequence[Picture], questions: Sequence[str]) -> BatchFeature:
-    """What the processor makes of the chats, padded on the left, where generation needs it.
+    """The processor's tensors of the chats, padded on the left, where generation needs it.
 
     Padding is done here: a tokenizer may pad on the right, lack a token to pad with, and keeps how it pads as state.
     """

@@ -70,7 +70,7 @@ def place_normalized(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> torch.Tensor:
-    """What `place` gives, normalised: float32 [3, height, width], without a pass over the 8-bit canvas."""
+    """The result of `place`, normalised: float32 [3, height, width], without a pass over the 8-bit canvas."""
     out = torch.empty(3, *size)
     pixels = resize(int(content.height), int(content.width))
     if pixels.shape[2:] != size:

@@ -87,7 +87,7 @@ def _encodable(text: str, stream: Any) -> str:
 
 
 def _let_go(stream: Any) -> None:
-    """What the stream still holds goes nowhere; else Python complains when it ends, and changes the exit code."""
+    """Discards what the stream still holds; else Python complains when it ends, and changes the exit code."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

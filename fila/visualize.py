@@ -100,7 +100,7 @@ def watch_gates(model: FilaForConditionalGeneration) -> Iterator[list[Gate]]:
 def save(drawn: Image.Image, path: Path) -> None:
     """Saves a picture as PNG, whole or not at all: what stood at `path` stays until all of the new one is on the disk.
 
-    A link is followed. What is no regular file, a pipe for example, is written to as it is.
+    A link is followed. A pipe, or another file that is not regular, is written to as it is.
 
     Raises:
         OSError: it cannot be written.

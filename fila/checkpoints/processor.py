@@ -69,7 +69,7 @@ def read_processor(checkpoint: Checkpoint, config: FilaConfig) -> FilaProcessor:
 
 
 def _processor_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `processor_config.json` holds, each value of its kind; an unknown name would hide a slip, or a method."""
+    """The settings of `processor_config.json`, each of its kind; an unknown name would hide a slip, or a method."""
     file = "processor_config.json"
     found = {name: value for name, value in checkpoint.read_object(file).items() if name not in IGNORED}
     images = found.get("image_processor")
@@ -121,7 +121,7 @@ def _processor_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _tokenizer_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `tokenizer_config.json` holds; it and its companions name no other file and no Python."""
+    """The settings of `tokenizer_config.json`; it and its companions name no other file and no Python."""
     found: dict[str, Any] = {}
     for file in ("tokenizer_config.json", *(file for file in OPTIONAL_FILES[2:] if checkpoint.has(file))):
         values = checkpoint.read_object(file)

@@ -145,7 +145,7 @@ def compare(checkpoint: Checkpoint, model: FilaForConditionalGeneration, tensors
 def _differences(
     wanted: Mapping[str, torch.Tensor], stored: Mapping[str, list[int]], tied: dict[str, str]
 ) -> list[str]:
-    """What is misshaped, missing or unexpected."""
+    """The tensors that are misshaped, missing or unexpected."""
     either = tied | {source: name for name, source in tied.items()}
     found = [
         f"tensor {name}: expected shape {list(wanted[name].shape)}, got {list(shape)}"
