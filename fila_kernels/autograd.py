@@ -5,7 +5,7 @@ The operators themselves are differentiated only here. The forward pass returns 
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,19 +29,29 @@ def _is_differentiated(arguments: Sequence[Any]) -> bool:
     return _is_transformed()
 
 
+def _refuse_forward_mode(ctx: Any, *tangents: Tensor | None) -> Any:
+    raise RuntimeError(ops.NO_FORWARD_MODE)
+
+
+@cache
+def _refusing(function: type[torch.autograd.Function]) -> Any:
+    """The same function with a `jvp` that says why there is none; torch.compile traces no function that has one."""
+    return type(function.__name__, (function,), {"jvp": staticmethod(_refuse_forward_mode)})
+
+
 @torch._disable_dynamo
 def _apply_eagerly(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    return function.apply(*arguments)
+    return _refusing(function).apply(*arguments)
 
 
 def _apply(function: Any, *arguments: Any) -> Any:
     """A function's operator, under autograd where that is asked for."""
     if not _is_differentiated(arguments):
         return function.forward(*arguments)
+    if not torch.compiler.is_compiling():
+        return _refusing(function).apply(*arguments)
     # torch.compile traces plain training, but fails inside on a function of this form under a transform.
-    if torch.compiler.is_compiling() and _is_transformed():
-        return _apply_eagerly(function, *arguments)
-    return function.apply(*arguments)
+    return _apply_eagerly(function, *arguments) if _is_transformed() else function.apply(*arguments)
 
 
 class _CropResize(torch.autograd.Function):
@@ -60,10 +70,6 @@ class _CropResize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _ops.crop_resize_backward(grad, *ctx.saved_tensors, *ctx.maps, ctx.backend), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        raise RuntimeError(ops.NO_FORWARD_MODE)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -101,10 +107,6 @@ class _Cvfm(torch.autograd.Function):
         found = _ops.cvfm_backward(grad, *ctx.saved_tensors, *ctx.settings, needs, ctx.backend)
         tokens, features, *parameters = (g if n else None for g, n in zip(found, needs, strict=True))
         return tokens, features, None, None, *parameters, None, None, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
-        raise RuntimeError(ops.NO_FORWARD_MODE)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
