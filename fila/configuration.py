@@ -58,6 +58,13 @@ class FilaVisionConfig(OwnedFields):
         image_grid_pinpoints: allowed canvases, (height, width) in pixels.
         high_res_rule, high_res_size: the rule by which the ConvNeXt's raster is made; see `fila.geometry.Geometry`.
 
+    Some settings have no effect beside others. They are kept and checked all the same, so that a comparison changes one
+    setting and nothing else:
+        `fusion="none"`: `fusion_layers`, `fusion_hidden_size`, `fusion_gate`, `convnext_config`, `high_res_size`, and
+            `high_res_rule` unless it is "direct".
+        `high_res_rule="scaled"`: `high_res_size`.
+        `high_res_rule="direct"`: `image_grid_pinpoints`.
+
     `hidden_size`, `image_size` and `patch_size` are the ViT's, and `num_hidden_layers` the number of its layers that
     are built.
     """

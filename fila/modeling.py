@@ -199,7 +199,7 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if image is not None:
             inputs_embeds = self.embed(input_ids, inputs_embeds, image)
-        elif self.training and self._is_shared_with_others():
+        elif self._others_encode_pictures(past_key_values):
             inputs_embeds = inputs_embeds + self._features_of_nothing().to(inputs_embeds)
         if any(loses_gradient(inputs_embeds, layer) for layer in getattr(self.language_model, "layers", ())):
             inputs_embeds = inputs_embeds.detach().requires_grad_()
@@ -221,19 +221,27 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
         result = FilaModelOutputWithPast(last_hidden_state=outputs.last_hidden_state, image_hidden_states=features)
         return _carry(result, outputs)
 
-    def _is_shared_with_others(self) -> bool:
-        """Whether other processes wait for this one's gradients or shards of what makes the image features."""
+    def _others_encode_pictures(self, past_key_values: Any) -> bool:
+        """Whether other processes may wait for this one's part in the encoder, though it was given no picture.
+
+        In training they wait for gradients. A sharded encoder (FSDP2) is gathered in evaluation too, but for prompts
+        only: a pass that goes on from a cache has no picture on any process.
+        """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return False
+        from torch.distributed.fsdp import FSDPModule
+
         parts = (self.vision_tower, self.multi_modal_projector)
+        if any(isinstance(module, FSDPModule) for part in parts for module in part.modules()):
+            return self.training or past_key_values is None or past_key_values.get_seq_length() == 0
         weights = [self.image_newline, *(weight for part in parts for weight in part.parameters())]
-        return any(weight.requires_grad or hasattr(weight, "placements") for weight in weights)
+        return self.training and any(weight.requires_grad for weight in weights)
 
     def _features_of_nothing(self) -> Tensor:
         """Zero, by way of every weight that a picture would pass: a batch of text alone takes part in collectives.
 
-        Gradients of zero are what distributed training needs of a process that has no picture, where its neighbours
-        have some; without them it waits for ever or refuses the next step.
+        Distributed training needs gradients of zero from a process without a picture where its neighbours have some;
+        without them it waits for ever or refuses the next step.
         """
         geometry = self.config.vision_config.geometry()
         height, width = min(geometry.canvases, key=lambda canvas: canvas[0] * canvas[1])

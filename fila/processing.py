@@ -121,10 +121,15 @@ class FilaProcessor(LlavaNextProcessor):
         has_parts = any(not isinstance(m.get("content", ""), str) for c in conversations for m in c if m.get("content"))
         if not has_parts or not isinstance(source, str):
             return template
-        probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+        lists = [m["content"] for c in conversations for m in c if isinstance(m.get("content"), list)]
+        # As many as the conversation has: a template may read the first part alone.
+        images, texts = ([sum(p["type"] == kind for p in parts) for parts in lists] for kind in ("image", "text"))
+        image, text = [{"type": "image"}] * any(images), [{"type": "text", "text": "What?"}] * max([1, *texts])
         try:
-            prompt = super().apply_chat_template(probe, source)
-            takes_parts = prompt.count(self.image_token) == 1 and "What?" in prompt
+            prompt = super().apply_chat_template([{"role": "user", "content": [*image, *text]}], source)
+            found = prompt.count(self.image_token), prompt.count("What?")
+            # A list that stands there as Python prints it was not read.
+            takes_parts = found == (len(image), len(text)) and "'type'" not in prompt
         except Exception:  # templates raise nearly anything
             takes_parts = False
         quoted = self.image_token.replace("\\", "\\\\").replace("'", "\\'")

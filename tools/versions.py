@@ -26,7 +26,9 @@ TRITON = importlib.metadata.version("triton")
 VERSIONS = {"transformers": ("5.17.0", "5.19.0", "<6"), "triton": ("3.6.0", TRITON)}
 # Up to 3.6 Triton's interpreter reads NumPy's scalars in a way that 2.4 ended.
 BESIDE = {("triton", "3.6.0"): ("numpy<2.4",)}
-MODEL_TESTS = [f"tests/model/test_{name}.py" for name in ("modeling", "vision", "processing", "inference")]
+MODEL = ("modeling", "vision", "processing", "inference", "contract", "generation", "gradients", "configuration",
+         "export", "trainer")  # fmt: skip
+MODEL_TESTS = [f"tests/model/test_{name}.py" for name in MODEL]
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
 

@@ -6,6 +6,8 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -118,3 +120,21 @@ def test_text_alone_encodes_no_picture_where_nobody_waits(process_group, nano_pr
     model.model.image_newline.requires_grad_(False)
     model(**batch)
     assert not calls
+
+
+@torch.no_grad()
+def test_a_shard_s_prompt_of_text_alone_gathers_the_encoder(process_group, nano_processor):
+    """Sharded weights are gathered from every process, in evaluation too; steps from a cache have no picture."""
+    model = fresh().eval()
+    batch = train_batch(nano_processor, with_picture=False)
+    expected = model(**batch).logits
+    fully_shard(model.model.vision_tower, mesh=init_device_mesh("cpu", (1,)))
+    calls = []
+    model.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
+    out = model(**batch)
+    assert torch.equal(out.logits, expected)
+    assert len(calls) == 1
+    model(input_ids=batch["input_ids"][:, :1], past_key_values=out.past_key_values)
+    assert len(calls) == 1
+    model.generate(input_ids=batch["input_ids"], max_new_tokens=3, do_sample=False)
+    assert len(calls) == 2

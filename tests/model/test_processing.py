@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jinja2 import UndefinedError
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -206,6 +207,16 @@ def test_a_picture_in_chat_may_stand_in_every_usual_form(processor: FilaProcesso
 KEEPS_ALL = (
     "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] if p['type'] == 'text' }}{% endfor %}{% endfor %}"
 )
+
+
+def test_a_template_that_reads_the_first_part_alone(processor: FilaProcessor):
+    """It is given parts where one text is all there is; what it would leave out is an error."""
+    template = "{% for m in messages %}{{ m['role'] ~ ':' ~ m['content'][0]['text'] }}{% endfor %}"
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]
+    chat = [{"role": role, "content": parts[:1]} for role in ("user", "assistant")]
+    assert processor.apply_chat_template(chat, chat_template=template) == "user:Hiassistant:Hi"
+    with pytest.raises(UndefinedError, match="text"):
+        processor.apply_chat_template([{"role": "user", "content": parts}], chat_template=template)
 
 
 @pytest.mark.parametrize(
