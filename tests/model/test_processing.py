@@ -211,7 +211,7 @@ KEEPS_ALL = (
 
 def test_a_template_that_reads_the_first_part_alone(processor: FilaProcessor):
     """It is given parts where one text is all there is; what it would leave out is an error."""
-    template = "{% for m in messages %}{{ m['role'] ~ ':' ~ m['content'][0]['text'] }}{% endfor %}"
+    template = "{% for m in messages %}{{ m['role'] + ':' + m['content'][0]['text'] }}{% endfor %}"
     parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]
     chat = [{"role": role, "content": parts[:1]} for role in ("user", "assistant")]
     assert processor.apply_chat_template(chat, chat_template=template) == "user:Hiassistant:Hi"
