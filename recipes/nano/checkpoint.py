@@ -3,7 +3,8 @@
     python -m recipes.nano.checkpoint --run runs/nano --out fila/pretrained/fila-nano
 
 Writes bf16 safetensors with configuration, processor and tokenizer; the training heads are dropped. The logs of the
-stages go into `training/` there. A run whose gates all ended closed is refused: its ConvNeXt was never used.
+stages go into `training/` there. Refused in one line, with exit code 1: a damaged checkpoint, other weights than the
+preset's, weights that are not finite, and a run whose gates all ended closed (its ConvNeXt was never used).
 
     python -m recipes.nano.checkpoint --run runs/nano --stage vision --weights stage0.safetensors
 
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 
 from fila.image_processing import FilaImageProcessor
 from fila.processing import FilaProcessor
+from recipes.nano.run_folder import RunError, check_weights, not_finite, read
 from recipes.nano.stages import STAGES
 from recipes.nano.tokenizer import build_character_tokenizer
 from recipes.nano.train import PREDECESSORS, TILE, build
@@ -39,23 +41,43 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", default="fila-nano")
     parser.add_argument("--tile", type=int, default=TILE, help="the run's own")
     args = parser.parse_args(argv)
-    if args.weights:
-        learned: dict[str, torch.Tensor] = {}
-        for stage in (*PREDECESSORS[args.stage], args.stage):
-            learned |= torch.load(args.run / f"{stage}.pt", weights_only=True)["average"]
-        save_file({n: value.to(torch.bfloat16).contiguous() for n, value in learned.items()}, args.weights)
-        return 0
+    try:
+        if args.weights:
+            write_weights(args)
+        else:
+            export(args)
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def write_weights(args: argparse.Namespace) -> None:
+    """Joins what the stages up to one have learned."""
+    learned: dict[str, torch.Tensor] = {}
+    for stage in (*PREDECESSORS[args.stage], args.stage):
+        learned |= read(args.run / f"{stage}.pt")["average"]
+    learned = {n: value.to(torch.bfloat16).contiguous() for n, value in learned.items()}
+    if name := not_finite(learned):
+        raise RunError(f"{args.run}: {name} is not finite in bfloat16")
+    save_file(learned, args.weights)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Checks everything, then writes."""
     trainee, geometry = build(args.preset, tile=args.tile)
-    saved = torch.load(args.run / f"{args.stage}.pt", weights_only=True)
-    expected = {name for name, _ in trainee.named_parameters()}
-    if expected != set(saved["average"]):
-        raise ValueError(f"expected {len(expected)} weights of {args.preset}, got {len(saved['average'])} others")
+    path = args.run / f"{args.stage}.pt"
+    saved = read(path)
+    check_weights(saved["average"], dict(trainee.named_parameters()), path)
     trainee.load_state_dict(saved["average"], strict=False)  # not strict: a tied weight is stored once
     model = trainee.export
     gates = [fusion.alpha.item() for fusion in model.model.vision_tower.fusion]
     if max(map(abs, gates)) < LEAST_GATE:
-        raise ValueError(f"expected a gate of at least {LEAST_GATE}, got {gates}: the ConvNeXt was never used")
-    model.to(torch.bfloat16).save_pretrained(args.out)
+        raise RunError(f"expected a gate of at least {LEAST_GATE}, got {gates}: the ConvNeXt was never used")
+    model.to(torch.bfloat16)
+    if name := not_finite(model.state_dict()):
+        raise RunError(f"{path}: {name} is not finite in bfloat16")
+    model.save_pretrained(args.out)
     FilaProcessor(FilaImageProcessor.from_geometry(geometry), build_character_tokenizer()).save_pretrained(args.out)
     record = args.out / "training"
     record.mkdir(exist_ok=True)
@@ -65,7 +87,6 @@ def main(argv: list[str] | None = None) -> int:
             shutil.copy(log, record / log.name)
     size = sum(f.stat().st_size for f in args.out.glob("*.safetensors")) / 1e6
     print(f"step {saved['step']} of {args.stage}; gates {[round(g, 3) for g in gates]}; {size:.1f} MB at {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

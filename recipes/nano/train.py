@@ -8,22 +8,30 @@
 Each stage writes `<stage>.pt` (state, averaged weights, optimiser, step) and `<stage>.csv` (the log) into the folder
 and goes on from them when started again. A stage begins with what the stages before it have learned.
 
+A stage that goes on needs the settings it began with: `--steps`, `--batch`, `--lr`, `--seed`, `--preset`, `--tile`, `--init`, the
+fonts and the number of processes, and what the stages before it learned; `--threads`, `--workers` and `--save-minutes`
+are free. `--init` is one for a folder: it stands in for the stages before that are missing there, and the others must
+have begun with the same one. A loss or gradient that is not finite ends the run and leaves the last checkpoint. Every
+refusal is one line and exit code 1.
+
 On several cores, one process a core is faster than one process with several threads; each takes its share of a batch:
 
     torchrun --nproc-per-node 2 -m recipes.nano.train tune --out runs/nano --threads 1
 """
 
 import argparse
-import csv
 import math
 import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 
@@ -34,7 +42,8 @@ from fila.modeling import FilaForConditionalGeneration
 from recipes.nano.data import Batches, Pages, loader
 from recipes.nano.depthwise import quicken
 from recipes.nano.guidance import HEADS
-from recipes.nano.pages.fonts import FontSet
+from recipes.nano.pages.fonts import FONT_LIST, FontSet
+from recipes.nano.run_folder import Log, RunError, check_weights, identity, locked, read, restore, save
 from recipes.nano.stages import STAGES, Stage, Trainee
 from recipes.nano.tokenizer import build_character_tokenizer
 
@@ -67,45 +76,60 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     given = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr)) if v is not None}
     stage = replace(STAGES[args.stage], **given)
-    torch.set_num_threads(args.threads)
-    train(args, args.stage, stage)
+    try:
+        check_numbers(args, stage)
+        torch.set_num_threads(args.threads)
+        args.out.mkdir(parents=True, exist_ok=True)
+        first = os.environ.get("RANK", "0") == "0"  # it alone writes
+        with locked(args.out, args.stage, PREDECESSORS[args.stage]) if first else nullcontext():
+            train(args, args.stage, stage)
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def check_numbers(args: argparse.Namespace, stage: Stage) -> None:
+    """Refuses numbers that no run can have."""
+    for name, value, least in (
+        ("steps", stage.steps, 1),
+        ("batch", stage.batch, 1),
+        ("seed", args.seed, 0),
+        ("threads", args.threads, 1),
+        ("workers", args.workers, 0),
+        ("save-minutes", args.save_minutes, 0),
+    ):
+        if not value >= least:
+            raise RunError(f"--{name}: expected {least} or more, got {value}")
+    if not (stage.lr > 0 and math.isfinite(stage.lr)):
+        raise RunError(f"--lr: expected a positive number, got {stage.lr}")
 
 
 def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
     """Runs one stage to its end, from its last checkpoint if there is one."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if stage.batch % world:
-        raise ValueError(f"expected a batch that {world} processes can share, got {stage.batch}")
+        raise RunError(f"expected a batch that {world} processes can share, got {stage.batch}")
     if world > 1:
         distributed.init_process_group("gloo")
-    args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     trainee, geometry = build(args.preset, cropping=stage.cropping, tile=args.tile)
     trainee.freeze(stage)
-    if args.init:
-        begin_with(trainee, args.init)
-    for before in PREDECESSORS[name]:
-        if (args.out / f"{before}.pt").exists() or not args.init:
-            begin_with(trainee, args.out / f"{before}.pt")
+    origins = begin(trainee, name, args.out, args.init)
     learning = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(learning, stage.lr)
     average = {n: p.detach().clone() for n, p in learning.items()}
-    step = 0
     checkpoint = args.out / f"{name}.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        trainee.load_state_dict(saved["learning"], strict=False)
-        average.update(saved["average"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        step = saved["step"]
+    fonts = FontSet.builtin() if args.builtin_font else FontSet.installed("train")
+    settings = asdict(stage) | origins
+    settings |= {"preset": args.preset, "tile": args.tile, "seed": args.seed, "processes": world}
+    settings |= {"fonts": "built-in" if args.builtin_font else identity(FONT_LIST)}
+    step = restore(checkpoint, settings, learning, average, optimizers)
+    if step:
         print(f"{name}: going on from step {step}", flush=True)
 
     tokenizer = build_character_tokenizer()
     length = stage.steps * stage.batch
-    fonts = FontSet.builtin() if args.builtin_font else FontSet.installed("train")
-
     pages = Pages(
         FilaImageProcessor.from_geometry(geometry),
         tokenizer,
@@ -117,8 +141,7 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
         render=name != "text",
         shares=stage.shares,
     )
-    settings = {"stage": asdict(stage), "seed": args.seed, "threads": args.threads, "processes": world}
-    log = None if rank else Log(args.out / f"{name}.csv", settings)
+    log = None if rank else Log(args.out / f"{name}.csv", settings, step)
     trainee.train()
     saved_at = time.monotonic()
     for batch in loader(Batches(pages, stage.batch, rank, world), step, args.workers):
@@ -132,20 +155,21 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
         if world > 1:
             average_gradients(learning.values(), world)
         norm = nn.utils.clip_grad_norm_(learning.values(), CLIP)
-        if torch.isfinite(norm):
-            for optimizer in optimizers:
-                optimizer.step()
         step += 1
+        if not (torch.isfinite(norm) and all(loss.isfinite() for loss in losses.values())):
+            values = ", ".join(f"{part} {loss.item():.4g}" for part, loss in losses.items())
+            raise RunError(f"step {step}: loss or gradient is not finite: {values}, gradient norm {norm.item():.4g}")
+        for optimizer in optimizers:
+            optimizer.step()
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in learning.values()], 1 - decay)
         if log is None:
             continue
-        log.add(step, stage.steps, losses, norm, rate, trainee)
+        log.add(step, stage.steps, losses, norm, rate, trainee.model.vision_tower.fusion)
         if step == stage.steps or time.monotonic() - saved_at > args.save_minutes * 60:
-            save(checkpoint, learning, average, optimizers, step)
+            state = {"learning": {n: p.detach() for n, p in learning.items()}, "average": average, "step": step}
+            save(checkpoint, state | {"optimizers": [o.state_dict() for o in optimizers], "settings": settings})
             saved_at = time.monotonic()
-    if log is not None:
-        log.close()
     if world > 1:
         distributed.destroy_process_group()
 
@@ -155,27 +179,60 @@ def weight_of(part: str, dense: float) -> float:
     return 1.0 if part == "answer" else HEADS[part].weight if part in HEADS else dense
 
 
+def begin(trainee: Trainee, name: str, folder: Path, init: Path | None) -> dict[str, Any]:
+    """Loads what a stage begins with: `--init`, and over it what the stages before have learned.
+
+    Returns both for the settings. A stage before that began with another `--init` is refused: the one given now would
+    be lost under its weights.
+    """
+    origin = identity(init) if init else None
+    before = {stage: folder / f"{stage}.pt" for stage in PREDECESSORS[name]}
+    if init:
+        begin_with(trainee, init)
+        before = {stage: path for stage, path in before.items() if path.exists()}
+    for stage, path in before.items():
+        if not path.exists():
+            raise RunError(f"{path}: missing; stage {name!r} needs stage {stage!r} to be trained first, or --init")
+        saved = read(path)
+        settings = saved.get("settings", {})
+        if settings.get("init") != origin:
+            raise RunError(f"{path}: began with --init {settings.get('init')}, stage {name!r} is given {origin}")
+        trains = STAGES[stage].trains
+        check_weights(saved["average"], {n: p for n, p in trainee.named_parameters() if n.startswith(trains)}, path)
+        trainee.load_state_dict(saved["average"], strict=False)
+    return {"init": origin, "before": {stage: identity(path) for stage, path in before.items()}}
+
+
 def begin_with(trainee: Trainee, folder: Path) -> None:
     """Loads averaged weights, of one stage (`<stage>.pt`) or of all (`.safetensors`), or a checkpoint folder's.
 
     A checkpoint folder of another tile size gets its ViT positions interpolated.
     """
     if folder.suffix == ".pt":
-        trainee.load_state_dict(torch.load(folder, weights_only=True)["average"], strict=False)
+        learned, known = read(folder)["average"], dict(trainee.named_parameters())
+        check_weights(learned, {name: known[name] for name in learned if name in known}, folder)
+        trainee.load_state_dict(learned, strict=False)
         return
+    try:
+        weights = load_file(folder if folder.suffix == ".safetensors" else folder / "model.safetensors")
+    except SafetensorError as error:
+        raise RunError(f"{folder}: its weights are damaged ({error})") from error
+    weights = {name: weight.float() for name, weight in weights.items()}
     if folder.suffix == ".safetensors":
-        trainee.load_state_dict(load_file(folder), strict=False)
+        known = dict(trainee.named_parameters())
+        check_weights(weights, {name: known[name] for name in weights if name in known}, folder)
+        trainee.load_state_dict(weights, strict=False)
         return
-    weights = load_file(folder / "model.safetensors")
+    known = dict(trainee.export.named_parameters())  # a tied weight is stored once, and is here once
     position = trainee.export.model.vision_tower.vit.embeddings.position_embedding.weight
-    name = next(n for n, p in trainee.export.named_parameters() if p is position)
-    old, new = (math.isqrt(len(w) - 1) for w in (weights[name], position))
-    grid = weights[name][1:].float().T.reshape(1, -1, old, old)
-    grid = nn.functional.interpolate(grid, (new, new), mode="bilinear", align_corners=True) if old != new else grid
-    weights[name] = torch.cat([weights[name][:1].float(), grid.flatten(2)[0].T])
-    missing = trainee.export.load_state_dict(weights, strict=False).missing_keys
-    if set(missing) - {"lm_head.weight"}:  # tied, so stored once
-        raise ValueError(f"{folder}: expected the weights of the preset, got none for {missing}")
+    name = next(n for n, p in known.items() if p is position)
+    old, new = (math.isqrt(len(w) - 1) for w in (weights.get(name, position), position))
+    if old != new:
+        grid = weights[name][1:].T.reshape(1, -1, old, old)
+        grid = nn.functional.interpolate(grid, (new, new), mode="bilinear", align_corners=True)
+        weights[name] = torch.cat([weights[name][:1], grid.flatten(2)[0].T])
+    check_weights(weights, known, folder)
+    trainee.export.load_state_dict(weights, strict=False)
 
 
 def average_gradients(parameters: Iterable[Tensor], world: int) -> None:
@@ -244,56 +301,6 @@ def set_rate(optimizers: list[torch.optim.Optimizer], step: int, stage: Stage) -
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
     return rate
-
-
-def save(path: Path, learning: dict, average: dict, optimizers: list[torch.optim.Optimizer], step: int) -> None:
-    """Writes the checkpoint beside the old one and swaps, so that an interrupted write loses nothing."""
-    state = {
-        "learning": {n: p.detach() for n, p in learning.items()},
-        "average": average,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "step": step,
-    }
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
-
-
-class Log:
-    """The run's record: a CSV row and a printed line every `every` steps."""
-
-    every = 25
-
-    def __init__(self, path: Path, settings: dict):
-        self.file = path.open("a", newline="")
-        self.writer = csv.writer(self.file)
-        self.sums: dict[str, float] = {}
-        self.count, self.since = 0, time.monotonic()
-        print(settings, flush=True)
-
-    def add(
-        self, step: int, steps: int, losses: dict[str, Tensor], norm: Tensor, rate: float, trainee: Trainee
-    ) -> None:
-        for part, loss in losses.items():
-            self.sums[part] = self.sums.get(part, 0.0) + float(loss.detach())
-        self.count += 1
-        if step % self.every and step != steps:
-            return
-        seconds = (time.monotonic() - self.since) / self.count
-        row: dict[str, float | str] = {"step": step}
-        row |= {part: round(total / self.count, 4) for part, total in self.sums.items()}
-        row |= {"norm": round(float(norm), 3), "lr": f"{rate:.2e}", "s": round(seconds, 3)}
-        for i, fusion in enumerate(trainee.model.vision_tower.fusion):
-            row[f"alpha{i}"] = round(fusion.alpha.item(), 4)
-        if self.file.tell() == 0:
-            self.writer.writerow(row)
-        self.writer.writerow(row.values())
-        self.file.flush()
-        left = (steps - step) * seconds / 60
-        print(" ".join(f"{k} {v}" for k, v in row.items()), f"left {left:.0f} min", flush=True)
-        self.sums, self.count, self.since = {}, 0, time.monotonic()
-
-    def close(self) -> None:
-        self.file.close()
 
 
 if __name__ == "__main__":
