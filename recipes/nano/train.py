@@ -8,11 +8,11 @@
 Each stage writes `<stage>.pt` (state, averaged weights, optimiser, step) and `<stage>.csv` (the log) into the folder
 and goes on from them when started again. A stage begins with what the stages before it have learned.
 
-A stage that goes on needs the settings it began with: `--steps`, `--batch`, `--lr`, `--seed`, `--preset`, `--tile`, `--init`, the
-fonts and the number of processes, and what the stages before it learned; `--threads`, `--workers` and `--save-minutes`
-are free. `--init` is one for a folder: it stands in for the stages before that are missing there, and the others must
-have begun with the same one. A loss or gradient that is not finite ends the run and leaves the last checkpoint. Every
-refusal is one line and exit code 1.
+A stage that goes on needs the settings it began with: `--steps`, `--batch`, `--lr`, `--seed`, `--preset`, `--tile`,
+`--init`, the fonts, the number of processes, and what the stages before it learned; `--threads`, `--workers` and
+`--save-minutes` are free. `--init` is one for a folder: it stands in for the stages before that are missing there, and
+the others must have begun with the same one. A loss or gradient that is not finite ends the run and leaves the last
+checkpoint. Every refusal is one line and exit code 1.
 
 On several cores, one process a core is faster than one process with several threads; each takes its share of a batch:
 
