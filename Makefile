@@ -45,9 +45,10 @@ test-cuda: setup ## compile every unit of csrc/cuda for three architectures, loo
 test-sanitize: setup ## run the CPU kernels' tests and fuzz under AddressSanitizer and UBSan (some minutes)
 	$(RUN) tools/sanitize.py
 
-test-fuzz: setup ## 10,000 mutated pictures, 1,000 mutated folders of weights, all layouts of the operator (half an hour; seeds are printed)
+test-fuzz: setup ## 10,000 mutated pictures, 1,000 mutated folders of weights, 10,000 calls and all layouts of the operator (an hour; seeds are printed)
 	$(RUN) -m tests.fuzz.pictures $(ARGS)
 	$(RUN) -m tests.fuzz.checkpoints $(ARGS)
+	$(RUN) -m tests.fuzz.operator $(ARGS)
 	PYTHONPATH=. $(RUN) tests/kernels/fuzz_matrix.py 0
 
 lint: setup ## formatting, lint and types

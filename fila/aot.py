@@ -112,6 +112,22 @@ def export_encoder(model: FilaVisionModel) -> ExportedProgram:
     return exported.run_decompositions(kernels_aot.decompositions())
 
 
+def compile_encoder(model: FilaVisionModel, package: Path) -> str:
+    """Compile `export_encoder`'s graph into a package, which says in its metadata what its inputs have to be.
+
+    The compiled code itself looks at no dtype, size or stride: whoever runs it has to, as examples/cpp does.
+    """
+    parameter = model.vit.embeddings.patch_embedding.weight
+    metadata = {
+        "fila_dtype": str(parameter.dtype).removeprefix("torch."),
+        "fila_tile": str(model.config.geometry().tile),
+        "fila_stride": str(model.config.convnext_strides[-1]),
+    }
+    return torch._inductor.aoti_compile_and_package(
+        export_encoder(model), package_path=str(package), inductor_configs={"aot_inductor.metadata": metadata}
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fila.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", help="a checkpoint's folder; the shipped fila-nano if left out")
@@ -130,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         pixels = processor.image_processor(load_image(args.picture), return_tensors="pt")
         views, rasters, boxes, image_index = encoder_inputs(tower, pixels)
         torch.save([views.to(model.dtype), rasters.to(model.dtype), boxes, image_index], args.inputs)
-    print(torch._inductor.aoti_compile_and_package(export_encoder(tower), package_path=str(args.out)))
+    print(compile_encoder(tower, args.out))
     return 0
 
 

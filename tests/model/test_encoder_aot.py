@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.export import Dim
 
-from fila.aot import Encoder, encoder_inputs, export_encoder
+from fila.aot import Encoder, compile_encoder, encoder_inputs
 from fila.configuration import FilaVisionConfig
 from fila.image_processing import FilaImageProcessor
 from fila.vision import FilaVisionModel
@@ -178,7 +178,7 @@ def test_pictures_of_several_canvases_are_refused(tower):
 @pytest.mark.slow
 def test_an_exported_encoder_runs_in_a_program_without_python(root, tower, tmp_path):
     package, build = tmp_path / "encoder.pt2", tmp_path / "build"
-    torch._inductor.aoti_compile_and_package(export_encoder(tower), package_path=str(package))
+    compile_encoder(tower, package)
     torch_dir = Path(torch.__file__).parent
     for command in (
         [CMAKE, "-S", root / "examples/cpp", "-B", build, f"-DFILA_TORCH_DIR={torch_dir}", "-DCMAKE_BUILD_TYPE=Debug"],
@@ -206,6 +206,38 @@ def test_an_exported_encoder_runs_in_a_program_without_python(root, tower, tmp_p
             eager = Encoder(tower)(*case)
             exact = precise(case[0].double(), case[1].double(), *case[2:])
         assert_close("tokens", got, exact, eager)
+
+    views, rasters, boxes, index = case
+    want = got
+    for other in (
+        [views, rasters.to(memory_format=torch.channels_last), boxes, index.long()],
+        [views.transpose(2, 3).contiguous().transpose(2, 3), *case[1:]],
+        [*case[:2], torch.cat([boxes, boxes], 1)[:, :4], torch.stack([index, index], 1)[:, 0]],
+    ):
+        torch.save(other, inputs)
+        done = encode(library.LIBRARY, inputs, output)
+        assert done.returncode == 0, done.stderr
+        assert torch.equal(torch.load(output, weights_only=True), want)
+
+    refused = {
+        "boxes: expected dtype Float, got Double": [*case[:2], boxes.double(), index],
+        "views: expected dtype Float, got Double": [views.double(), *case[1:]],
+        "rasters: expected dtype Float, got BFloat16": [views, rasters.bfloat16(), boxes, index],
+        "boxes: expected shape [T, 4]": [*case[:2], boxes[:-1], index],
+        "image_index: expected shape [T]": [*case[:3], index[:-1]],
+        "image_index: expected dtype Int": [*case[:3], index.float()],
+        "image_index: expected 0 to 4": [*case[:3], index + 1],
+        "boxes: expected finite": [*case[:2], boxes.flip(1), index],
+        "views: expected shape [T, 3, tile, tile] = [-1, 3, 32, 32]": [views[..., :-1], *case[1:]],
+        "rasters: expected shape [B, 3, h, w]": [views, rasters[0], boxes, index],
+        "rasters: expected sides that are multiples of": [views, rasters[..., :-1], boxes, index],
+        "inputs: expected views, rasters, boxes and image_index, got 3 tensors": list(case[:3]),
+    }
+    for message, bad in refused.items():
+        torch.save(bad, inputs)
+        done = encode(library.LIBRARY, inputs, output)
+        assert (done.returncode, done.stdout) == (1, ""), message
+        assert f"error: {message}" in done.stderr
 
     for file, what, message in (
         (tmp_path / "libnone.so", inputs, "error: cannot load the operators"),
