@@ -4,6 +4,7 @@ The operators themselves are differentiated only here. The forward pass returns 
 `torch.func` can run the two apart. `vmap` runs a call for each entry of the batch.
 """
 
+import inspect
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
@@ -111,6 +112,11 @@ class _Cvfm(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         return ops.for_each(partial(_apply, _Cvfm), info, in_dims, *arguments)
+
+
+# `Function.apply` asks for the signature at each call, and working it out takes 40 us.
+for _forward in (_CropResize.forward, _Cvfm.forward):
+    setattr(_forward, "__signature__", inspect.signature(_forward))  # noqa: B010 - no attribute that mypy knows
 
 
 def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int, backend: str) -> Tensor:
