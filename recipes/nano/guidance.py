@@ -5,7 +5,7 @@ names, at the question's end. One head of the third layer looks, per character o
 The loss of a head is the mean of -log of its attention there. The model itself does not change, and heads are free
 again once training ends.
 
-    read_first, read_next   an answer's first character, and each following one: its own patch
+    read_first, read_next   an answer's first character (see `first_place`), and each following one: its own patch
     left, up                first patch of a value: last patch of its label, beside it or above; likewise of a shape
     find                    the end of a question: the label, word or shape that names the place
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fila.geometry import Layout
-from recipes.nano.pages.sample import Sample
+from recipes.nano.pages.sample import Asked, Sample
 
 
 class Head(NamedTuple):
@@ -64,7 +64,7 @@ def guides(sample: Sample, layout: Layout, first_image_token: int, said: list[in
     found: dict[str, list[tuple[int, int]]] = {name: [] for name in HEADS}
     for asked, start in zip(sample.asked, said, strict=True):
         for i, glyph in enumerate(asked.glyphs):
-            place = places[glyph]
+            place = places[glyph] if i else first_place(asked, start, places)
             if place is not None:  # a character is said by the position before it
                 found["read_next" if i else "read_first"].append((start + i - 1, place))
         for glyph in asked.anchors[:1]:
@@ -76,6 +76,22 @@ def guides(sample: Sample, layout: Layout, first_image_token: int, said: list[in
         if one is not None and other is not None and one != other:  # only what comes later can look back
             found[way].append((max(one, other), min(one, other)))
     return {name: torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2) for name, pairs in found.items()}
+
+
+def first_place(asked: Asked, start: int, places: list[int | None]) -> int | None:
+    """The position at which an answer's first character can be known, None where it was dropped.
+
+    That is its own patch, with two exceptions. A line that the question quotes the beginning of is begun from the
+    question. A text that stands before the shape or label that names it cannot know its name, since attention looks
+    back only; the shape has looked at the text ("up") and stands for it.
+    """
+    if asked.kind == "line":
+        quoted = asked.question.rfind(asked.answer.split()[0])
+        if quoted >= 0:
+            return start - 1 - len(asked.question) + quoted  # <assistant> stands between the question and the answer
+    place = places[asked.glyphs[0]]
+    names = [p for p in (places[glyph] for glyph in asked.anchors[:1]) if p is not None]
+    return max([place, *names]) if place is not None and asked.kind != "line" else place
 
 
 class Guidance:

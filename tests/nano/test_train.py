@@ -25,7 +25,7 @@ from recipes.nano.data import (
 )
 from recipes.nano.guidance import HEADS
 from recipes.nano.pages.fonts import FontSet
-from recipes.nano.pages.sample import Glyph, make_sample
+from recipes.nano.pages.sample import SHAPES, Glyph, make_sample
 from recipes.nano.stages import STAGES, Trainee, dense_loss
 from recipes.nano.tokenizer import ASSISTANT, EOS, VOCABULARY, build_character_tokenizer
 
@@ -120,21 +120,38 @@ def test_pages_of_every_canvas_and_kind_are_transcribed():
     assert {page.layout.canvas for page in drawn} == set(pages.geometry.canvases)
 
 
-def test_heads_are_told_the_patches_that_hold_the_answers_characters():
+def test_heads_are_told_where_the_answers_characters_can_be_read():
     """The model's own order of tokens is the reference."""
     pages = nano_pages(render=False)
     model = train.build("fila-nano", tile=64)[0].model
-    for i in range(16):
+    elsewhere = Counter()
+    for i in range(24):
         page = pages[i]
         labels = view_labels(page.characters, page.layout).float()
         packed, _ = model.pack_image_features([labels], [list(page.size)], "default", torch.zeros(SLOTS))
         first = page.input_ids.tolist().index(VOCABULARY["<image>"])
-        for looks, seen in [*page.guides["read_first"].tolist(), *page.guides["read_next"].tolist()]:
+
+        def check(looks: int, seen: int) -> str:
+            """Whether the character said after `looks` is held by `seen`, else the kind of place that `seen` is."""
+            assert page.labels[looks + 1] != IGNORE
+            if seen >= first + len(packed[0]):
+                assert page.input_ids[seen] == page.input_ids[looks + 1]
+                return "question"
             said = NAMES.get(CLASSES[pages.tokenizer.decode([page.input_ids[looks + 1]])])
             there = [NAMES.get(int(c)) for c in packed[0][seen - first, :HELD]]
-            assert page.labels[looks + 1] != IGNORE
-            assert said in there or None not in there  # a patch names three characters and may hold more
-        assert len(page.guides["read_first"]) == len(page.kinds)
+            if said in there or None not in there:  # a patch names three characters and may hold more
+                return "patch"
+            return "shape" if set(there) & set(SHAPES.values()) else "label"
+
+        assert all(check(*pair) == "patch" for pair in page.guides["read_next"].tolist())
+        firsts = page.guides["read_first"].tolist()
+        assert len(firsts) == len(page.kinds)
+        for pair, kind in zip(firsts, page.kinds, strict=True):
+            place = check(*pair)
+            assert (place == "question") == (kind == "line")
+            assert place in ("patch", "question") or kind in ("above", "cell", "field", "item")
+            elsewhere[place] += 1
+    assert elsewhere["patch"] > elsewhere["shape"] > 0 < elsewhere["question"]
 
 
 def test_guidance_rises_the_attention_it_asks_for():

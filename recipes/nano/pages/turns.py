@@ -116,5 +116,7 @@ def _turn(blocks: list[Block], number: int, ask: Ask, question: str) -> Turn:
     )
     if ask.kind == "after":
         anchors = (Span(number, ask.run, 0, ask.start - 1),)
+    elif ask.kind == "line":
+        anchors = (Span(number, ask.run, 0, len(ask.subject)),)
     answer = block.runs[ask.run].text[ask.start : ask.end]
     return Turn(ask.kind, question, answer, Span(number, ask.run, ask.start, ask.end), anchors)
