@@ -168,6 +168,7 @@ class Pages(Dataset):
         length: number of pages.
         render: whether pictures are drawn; a text-only stage needs none.
         shares: kinds of pages and how often each comes, see `recipes.nano.pages.sources`.
+        absent: share of the questions that ask for what the page does not hold.
     """
 
     def __init__(
@@ -182,10 +183,12 @@ class Pages(Dataset):
         length: int,
         render: bool = True,
         shares: dict[str, float],
+        absent: float = 0.0,
     ):
         self.processor, self.tokenizer, self.geometry, self.fonts = processor, tokenizer, geometry, fonts
         self.image_token = tokenizer.convert_tokens_to_ids(IMAGE)
         self.split, self.seed, self.length, self.render, self.shares = split, seed, length, render, shares
+        self.absent = absent
 
     def __len__(self) -> int:
         return self.length
@@ -198,6 +201,7 @@ class Pages(Dataset):
             fonts=self.fonts,
             geometry=self.geometry,
             render=self.render,
+            absent=self.absent,
         )
         return self.page(sample, transcribe=index % TRANSCRIBED == 0)
 

@@ -50,6 +50,7 @@ class Stage:
         dense: weight of the losses on tokens and maps, at the start and at the end. In `tune` the gradients of the
             answers are some twenty times as large in the tower.
         shares: kinds of pages and how often each comes, see `recipes.nano.pages.sources`.
+        absent: share of the questions that ask for what the page does not hold. `text` first has to find what is there.
     """
 
     steps: int
@@ -60,6 +61,7 @@ class Stage:
     dense: tuple[float, float] = (0.0, 0.0)
     warmup: int = 100
     shares: dict[str, float] = field(default_factory=lambda: {"cards": 1.0})
+    absent: float = 0.0
 
 
 STAGES = {
@@ -87,7 +89,7 @@ STAGES = {
         dense=(1, 1),
         warmup=30,
     ),
-    "tune": Stage(1400, 8, 1.8e-3, ("",), dense=(15, 15), shares={"cards": 0.6, "documents": 0.4}),
+    "tune": Stage(1400, 8, 1.8e-3, ("",), dense=(15, 15), shares={"cards": 0.6, "documents": 0.4}, absent=0.08),
 }
 
 

@@ -140,6 +140,7 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
         length=length,
         render=name != "text",
         shares=stage.shares,
+        absent=stage.absent,
     )
     log = None if rank else Log(args.out / f"{name}.csv", settings, step)
     trainee.train()

@@ -264,20 +264,6 @@ def test_one_square_view_has_nothing_to_cut() -> None:
         assert sample.image.height == sample.image.width
 
 
-def test_documents_ask_of_every_kind_and_their_cells_have_two_names() -> None:
-    geometry = replace(NANO_GEOMETRY, tile=96, canvases=[(y * 3 // 2, x * 3 // 2) for y, x in NANO_GEOMETRY.canvases])
-    kinds: Counter[str] = Counter()
-    for seed in range(150):
-        sample = draw_source(seed, {"documents": 1.0}, split="train", fonts=FONTS, geometry=geometry, render=False)
-        height, width = sample.canvas
-        assert all(0 <= g.cx < width and 0 <= g.line < height for g in sample.glyphs)
-        for asked in sample.asked:
-            kinds[asked.kind] += 1
-            assert "".join(sample.glyphs[i].char for i in asked.glyphs) == asked.answer
-            assert len(asked.anchors) == {"cell": 2, "title": 0, "line": 0}.get(asked.kind, 1)
-    assert set(kinds) >= {"field", "date", "item", "cell", "title", "line", "after", "above", "below"}
-
-
 def test_a_card_seen_on_wider_canvases_keeps_its_picture_and_its_places() -> None:
     wide = replace(NANO_GEOMETRY, tile=128, canvases=[(2 * y, 2 * x) for y, x in NANO_GEOMETRY.canvases])
     for seed in range(6):

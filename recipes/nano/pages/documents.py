@@ -7,19 +7,19 @@ seam runs is left to chance.
 from collections.abc import Callable
 from random import Random
 
-from fila.geometry import Geometry, Layout
+from fila.geometry import Geometry
 from recipes.nano.pages import blocks as make
-from recipes.nano.pages import words
-from recipes.nano.pages.blocks import Ask, Block, Run, Stroke, Style, advance, baseline
+from recipes.nano.pages import parts, words
+from recipes.nano.pages.blocks import Ask, Block, Run, Stroke, advance
 from recipes.nano.pages.compose import draw_layout, make_style
 from recipes.nano.pages.fonts import FontSet
 from recipes.nano.pages.page import Page
 from recipes.nano.pages.questions import phrase
+from recipes.nano.pages.sheet import Sheet
 from recipes.nano.pages.turns import LONGEST_READ
 
 CANVAS_SHARES = {(1, 2): 0.06, (2, 1): 0.12, (2, 2): 0.56, (1, 3): 0.08, (3, 1): 0.18}
-CAPS = (5.0, 12.0)  # height of a capital, canvas pixels
-GREETINGS = ("Dear {n},", "Hello {n},", "Yours, {n}", "Regards, {n}", "Thank you", "Thank you, {n}", "Hi {n},")
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
 def find_document(rng: Random, *, split: str, fonts: FontSet, geometry: Geometry) -> Page:
@@ -39,39 +39,8 @@ def find_document(rng: Random, *, split: str, fonts: FontSet, geometry: Geometry
         return Page(layout, style, found, own.ask.kind, question, False, wear)
 
 
-class Document:
-    """One document in the making: `plan` stacks parts from the top margin down until the page is full.
-
-    Args:
-        style: colours, faces and the words already used; its paper is white for most documents.
-    """
-
-    def __init__(self, rng: Random, style: Style, layout: Layout):
-        self.rng, self.style, self.layout = rng, style, layout
-        content = layout.content
-        if not style.dark and rng.random() < 0.6:
-            style.paper = (255, 255, 255) if rng.random() < 0.7 else (255, 253, 246)
-        margin = rng.uniform(0.02, 0.1)
-        self.left = content.x0 + max(3.0, margin * content.width)
-        self.right = content.x1 - max(3.0, margin * content.width)
-        self.top = content.y0 + max(2.0, rng.uniform(0.01, 0.1) * content.height)
-        self.bottom = content.y1 - 2
-        self.y = self.top
-        self.face = style.faces[0]
-        self.strong = rng.choice(style.faces)
-        # Small text is common and hard: low heights are drawn more often.
-        cap = CAPS[0] + (CAPS[1] - CAPS[0]) * rng.random() ** 1.6
-        cap = min(cap, 0.065 * self.width + 2)
-        self.em = cap / self.face.cap_height
-        self.step = self.em * rng.uniform(1.25, 2.1)
-        self.ink = style.color(rng)
-        self.arrangement = rng.random()
-        self.mark = rng.choice((":", ":", ":", "", "", " -"))
-        self.blocks: list[Block] = []
-
-    @property
-    def width(self) -> float:
-        return self.right - self.left
+class Document(Sheet):
+    """One document: `plan` stacks parts until the page is full."""
 
     def plan(self) -> list[Block]:
         rng = self.rng
@@ -80,56 +49,13 @@ class Document:
             return self.blocks
         if rng.random() < 0.55:
             self.title()
-        parts: list[Callable[[], None]] = [
-            self.fields,
-            self.fields,
-            self.table,
-            self.price_list,
-            self.prose,
-            self.greeting,
-        ]
         for _ in range(rng.choice((1, 2, 3, 4, 6, 8))):
-            rng.choice(parts)()
+            part = rng.choices(tuple(PARTS), tuple(PARTS.values()))[0]
+            part(self)
             self.y += self.step * rng.choice((0.0, 0.2, 0.5, 1.0))
             if rng.random() < 0.25:
                 self.line_across()
         return self.blocks
-
-    def add(self, block: Block) -> bool:
-        """Stands a block at the left margin, below what is there; False where it does not fit."""
-        if block.width > self.width + 0.01 or self.y + block.height > self.bottom:
-            return False
-        block.x, block.y = self.left, self.y
-        self.y += block.height
-        self.blocks.append(block)
-        return True
-
-    def run(self, text: str, x: float, y: float, strong: bool = False, em: float | None = None) -> Run:
-        """A run whose line begins at `y`."""
-        face, em = self.strong if strong else self.face, em or self.em
-        return Run(text, face, em, x, y + baseline(face, em, self.step), self.ink)
-
-    def title(self) -> None:
-        rng = self.rng
-        text = " ".join(self.style.word(rng, 9) for _ in range(rng.randint(1, 2)))
-        text = text.title() if rng.random() < 0.7 else text.upper()
-        face = rng.choice(self.style.faces)
-        em = self.em * rng.uniform(1.0, 1.7)
-        wide = advance(face, text, em)
-        if wide > self.width:
-            return
-        step = max(self.step, em * 1.25)
-        x = rng.choice((0.0, (self.width - wide) / 2, (self.width - wide) / 2))
-        run = Run(text, face, em, x, baseline(face, em, step), self.style.color(rng))
-        block = Block([run], self.width, step, asks=[Ask("title", "", 0, 0, len(text))])
-        if self.add(block) and rng.random() < 0.4:
-            self.line_across()
-        self.y += self.step * rng.uniform(0.0, 0.6)
-
-    def line_across(self) -> None:
-        """A rule, at times dashed, from margin to margin."""
-        strokes = [Stroke(0.0, 1.0, self.width, 1.0, self.rng.random() < 0.4)]
-        self.add(Block([], self.width, self.step * 0.35 + 2, strokes=strokes))
 
     def fields(self) -> None:
         """Labelled lines: the value after its label, in a column, at the right margin, or below its label."""
@@ -156,7 +82,7 @@ class Document:
             y = self.step if stacked else 0.0
             runs = [self.run(text, 0.0, 0.0), self.run(value, x, y, strong)]
             block = Block(runs, x + wide, y + self.step)
-            block.asks = [Ask("date" if kind == "date" else "field", asked(rng, label, kind), 1, 0, len(value), 0)]
+            block.asks = [parts.label_ask(rng, label, kind, 1, len(value), 0)]
             if underlined:
                 block.strokes = [Stroke(x, y + self.step * 0.95, x + wide, y + self.step * 0.95)]
             if rng.random() < 0.06:
@@ -185,6 +111,9 @@ class Document:
             return
         corner = rng.choice(("", "", "Item", "Name", "Day"))
         names = [style.word(rng, 8) for _ in range(rows)]
+        if rng.random() < 0.12 and not style.used.intersection(day.lower() for day in DAYS):
+            corner, names = "Day", rng.sample(DAYS, rows)
+            style.used.update(day.lower() for day in names)
         strong = rng.random() < 0.5
         cells = [[words.value(rng, style.split, kind) for _, kind in heads] for _ in names]
         if len({cell for row in cells for cell in row}) < len(names) * len(heads):
@@ -217,7 +146,8 @@ class Document:
         for i, name in enumerate(names, 1):
             for c, (head, _) in enumerate(heads, 1):
                 end = len(texts[i][c])
-                subject = f"{head} of {name}" if columns > 1 or rng.random() < 0.5 else name
+                form = rng.choice(("{h} of {n}", "{h} of {n}", "{h} for {n}", "{n} {h}"))
+                subject = form.format(h=head, n=name) if columns > 1 or rng.random() < 0.5 else name
                 block.asks.append(Ask("cell", subject, place[i, c], 0, end, place[i, 0], place[0, c]))
         if rng.random() < 0.5:
             every = rng.random() < 0.5
@@ -265,19 +195,6 @@ class Document:
                 block.asks = make.along_line(0, text)
                 self.add(block)
 
-    def greeting(self) -> None:
-        """A line of a letter, or thanks in the middle of a receipt."""
-        rng = self.rng
-        text = rng.choice(GREETINGS).format(n=words.name(rng, self.style.split, 9))
-        wide = advance(self.face, text, self.em)
-        if wide > self.width or text.split(" ")[0].lower().rstrip(",") in self.style.used:
-            return
-        self.style.used.add(text.split(" ")[0].lower().rstrip(","))
-        x = rng.choice((0.0, (self.width - wide) / 2))
-        block = Block([self.run(text, x, 0.0)], x + wide, self.step)
-        block.asks = [ask for ask in make.along_line(0, text) if ask.kind == "after"]
-        self.add(block)
-
     def chart(self) -> None:
         """Marks with a word above and a number below each, at times between axes."""
         rng = self.rng
@@ -307,7 +224,14 @@ class Document:
         self.blocks += placed
 
 
-def asked(rng: Random, label: str, kind: str) -> str:
-    """The name that a question gives a label: "Invoice" is also the invoice number."""
-    numbered = label.capitalize() in words.NUMBERED and kind == "number"
-    return f"{label} number" if numbered and rng.random() < 0.3 else label
+PARTS: dict[Callable[[Document], None], float] = {
+    Document.fields: 4,
+    Document.table: 3,
+    Document.price_list: 1,
+    Document.prose: 2,
+    parts.receipt: 2,
+    parts.ticket: 2,
+    parts.wrapped: 1,
+    parts.sentence: 2,
+    parts.greeting: 1.5,
+}  # how often each is drawn

@@ -24,8 +24,17 @@ PHRASES: dict[str, tuple[str, ...]] = {
              "What is the {s}?", "How much for {s}?"),
     "after": ("What comes after {s}?", "What follows {s}?", "{s}?", "What is written after {s}?",
               "Read what comes after {s}."),
+    "who": ("Who is the {s}?", "Who is the {s}?", "What is the name of the {s}?", "Who is named as {s}?",
+            "Which name is given for the {s}?"),
+    "when": ("When {s}?",),
+    "where": ("Which {s}?", "Which {s} is it?", "What {s} is it?", "In which {s} is it?"),
+    "addressee": ("Who is the letter to?", "Who is it addressed to?", "Who is greeted?", "Who is it for?",
+                  "Who gets this letter?"),
+    "signer": ("Who signed it?", "Who signed the letter?", "Who wrote it?", "Who is it from?", "Who sent this?"),
+    "quantity": ("How many {s}?", "What is the quantity of {s}?", "How many {s} are there?", "Quantity of {s}?"),
 }  # fmt: skip
 KINDS = tuple(PHRASES)
+LOWERED = ("field", "date", "item", "cell", "who", "where", "quantity")  # asked about in lower case, mostly
 _AMOUNTS = frozenset(label.lower() for label in LABELS["amount"] if "mount" not in label)
 
 
@@ -41,9 +50,9 @@ def phrase(rng: Random, kind: str, subject: str) -> str:
         text = rng.choice(("How much is the {s}?", "What is the {s} amount?"))
     r = rng.random()
     if kind not in ("line", "after"):  # what is on the page is quoted there as it stands
-        if kind in ("field", "date", "item") and not text.startswith("{s}"):
+        if kind in LOWERED and not text.startswith("{s}"):
             subject = subject.lower() if r < 0.7 else subject
-        elif r < 0.1:
+        elif r < 0.1 and kind != "when":
             subject = subject.upper()
     text = text.format(s=subject)
     r = rng.random()

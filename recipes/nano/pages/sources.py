@@ -9,15 +9,30 @@ from dataclasses import replace
 from random import Random
 
 from fila.geometry import Geometry
+from recipes.nano.pages.absent import with_absent
 from recipes.nano.pages.documents import find_document
 from recipes.nano.pages.fonts import FontSet
 from recipes.nano.pages.sample import NANO_GEOMETRY, Sample, make_sample, sample_of
 
 
 def draw(
-    seed: int, shares: dict[str, float], *, split: str, fonts: FontSet, geometry: Geometry, render: bool = True
+    seed: int,
+    shares: dict[str, float],
+    *,
+    split: str,
+    fonts: FontSet,
+    geometry: Geometry,
+    render: bool = True,
+    absent: float = 0.0,
 ) -> Sample:
-    """The page of a seed, of a kind that the seed draws by `shares`."""
+    """The page of a seed, of a kind that the seed draws by `shares`; `absent` of its questions have no answer there."""
+    sample = _draw(seed, shares, split=split, fonts=fonts, geometry=geometry, render=render)
+    return with_absent(sample, Random(f"{split}/absent/{seed}"), split, absent)
+
+
+def _draw(
+    seed: int, shares: dict[str, float], *, split: str, fonts: FontSet, geometry: Geometry, render: bool
+) -> Sample:
     kind = Random(f"source/{seed}").choices(list(shares), list(shares.values()))[0]
     if kind == "documents":
         rng = Random(f"{split}/document/{seed}")
