@@ -39,7 +39,7 @@ def written(part, seed: int) -> list[Block]:
 
 def test_documents_ask_of_every_kind_and_their_cells_have_two_names() -> None:
     kinds: Counter[str] = Counter()
-    named = {"cell": {2}, "title": {0}, "line": {0}, "addressee": {0}, "signer": {0}, "field": {1, 2}, "date": {1, 2}}
+    named = {"cell": {2}, "title": {0}, "addressee": {0}, "signer": {0}, "field": {1, 2}, "date": {1, 2}}
     for seed in range(160):
         sample = document(seed)
         height, width = sample.canvas

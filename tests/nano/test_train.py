@@ -151,7 +151,8 @@ def test_heads_are_told_where_the_answers_characters_can_be_read():
         for pair, kind in zip(firsts, page.kinds, strict=True):
             place = read_from(page, packed, *pair)
             assert (place == "question") == (kind == "line")
-            assert place in ("patch", "question") or kind in ("above", "cell", "field", "item")
+            named = ("above", "cell", "field", "item", "quantity", "date", "who", "when", "where")
+            assert place in ("patch", "question") or kind in named
             places[place] += 1
     assert places["patch"] > places["shape"] > 0 < places["question"]
 

@@ -199,7 +199,7 @@ def draw_html(made: Plan, kind: str, path: Path) -> None:
 
 
 def draw_typst(made: Plan, kind: str, path: Path) -> None:
-    import typst
+    import typst  # type: ignore[import-not-found]
 
     rng = Random(made.look)
     family = rng.choice(("Libertinus Serif", "New Computer Modern", "DejaVu Sans Mono")[: 3 if made.width > 400 else 2])

@@ -75,7 +75,7 @@ def _priced(sheet: Sheet, texts: list[tuple[str, float | None]], kind: str, name
 
     None begins where it ends flush right.
     """
-    runs = []
+    runs: list[Run] = []
     pen = 0.0
     for text, at in texts:
         wide = advance(sheet.face, text, sheet.em)
