@@ -45,7 +45,7 @@ LAYERS = {
     ),
     "fila_kernels": (
         ("public names", "__init__ info aot testing"),
-        ("", "module"),
+        ("", "module rounding"),
         ("functions", "functional"),
         ("derivatives", "autograd flops"),
         ("operators", "ops"),

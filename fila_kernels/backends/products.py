@@ -181,7 +181,7 @@ def backward(
         for slot in (4, 5):
             results[slot] = None if results[slot] is None else results[slot].mul_(scale)  # type: ignore[union-attr]
         if alpha_total is not None:
-            alpha_total = alpha_total * (1 - scale.to(alpha_total.dtype) ** 2)
+            alpha_total = alpha_total * (1 - wide(call.alpha).tanh() ** 2)
     if needs.alpha:
         assert alpha_total is not None
         results[6] = alpha_total.to(call.alpha.dtype).reshape(call.alpha.shape)

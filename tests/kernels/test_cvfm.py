@@ -13,8 +13,8 @@ from fila_kernels.testing import (
     DIFFERENTIABLE,
     REAL,
     Case,
-    alpha_terms,
     assert_close,
+    expect_cvfm,
     gradients,
     ids,
     in_double,
@@ -64,17 +64,12 @@ def test_whole_boxes_equal_slice_interpolate_cat_mlp_gate(name, plan, gate):
 @pytest.mark.parametrize("gate", GATES)
 def test_output_and_every_gradient(case, dtype, plan, gate):
     inputs = case.inputs(dtype)
-    exact_inputs = in_double(inputs)
     grad = torch.randn(inputs["tokens"].shape, dtype=torch.float64).to(dtype)
     settings = {"gate": gate, **options(case)}
-    exact, exact_gradients = gradients(reference.cvfm, exact_inputs, grad, **settings)
-    eager, eager_gradients = gradients(reference.cvfm, inputs, grad, **settings)
+    expected = expect_cvfm(inputs, grad, **settings)
     for recompute in (False, True) if dtype == torch.float64 else (False,):
         found, found_gradients = gradients(cvfm, inputs, grad, plan=plan, recompute=recompute, **settings)
-        assert_close("out", found, exact, eager)
-        for name in DIFFERENTIABLE:
-            largest = alpha_terms(exact_inputs, grad, gate, case.prefix) if name == "alpha" else None
-            assert_close(name, found_gradients[name], exact_gradients[name], eager_gradients[name], largest)
+        expected.check({"out": found} | found_gradients)
 
 
 @pytest.mark.parametrize("chosen", list(itertools.product(PLANS, repeat=3)), ids="-".join)

@@ -19,12 +19,11 @@ from fila_kernels.testing import (
     CASES,
     DIFFERENTIABLE,
     Case,
-    alpha_terms,
     assert_close,
     covering_pairs,
+    expect_cvfm,
     gradients,
     ids,
-    in_double,
     options,
 )
 
@@ -46,17 +45,12 @@ def composed(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_matrix(case, plan, gate):
     inputs = case.inputs(torch.float32)
-    wide = in_double(inputs)
     grad = torch.randn(inputs["tokens"].shape, generator=torch.Generator().manual_seed(1))
     settings = options(case) | {"gate": gate}
-    exact_out, exact = gradients(reference.cvfm, wide, grad.double(), **settings)
-    eager_out, by_eager = gradients(reference.cvfm, inputs, grad, **settings)
+    expected = expect_cvfm(inputs, grad, **settings)
     for recompute in (False, True):
         out, found = gradients(cvfm, inputs, grad, backend="native", plan=plan, recompute=recompute, **settings)
-        assert_close("out", out, exact_out, eager_out)
-        for name in DIFFERENTIABLE:
-            largest = alpha_terms(wide, grad.double(), gate, case.prefix) if name == "alpha" else None
-            assert_close(name, found[name], exact[name], by_eager[name], largest)
+        expected.check({"out": out} | found)
 
 
 @pytest.mark.usefixtures("composed")
@@ -79,10 +73,14 @@ def test_one_gradient_alone(needed):
 def test_low_precision_goes_through_one_operator_on_a_gpu_where_widths_fill_16_bytes(widths, dtype):
     shape = Shape.of((3, 17, widths[0]), (2, 10, 12, widths[2]), widths[1])
     plan = Plan(*["sample_first"] * 3, {})
-    tokens = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
-    call = SimpleNamespace(tokens=tokens, shape=shape, plan=plan, dtype=dtype, mixed=False)
-    assert native.has_forward(call) == (dtype != torch.float32 and not any(width % 8 for width in widths))
-    assert native.has_forward(SimpleNamespace(**vars(call) | {"plan": replace(plan, forward="single_pass")}))
+    fitting = dtype != torch.float32 and not any(width % 8 for width in widths)
+    for tokens_dtype in (dtype, torch.float32, torch.float16):  # the last two as under autocast
+        tokens = SimpleNamespace(device=torch.device("cuda"), dtype=tokens_dtype)
+        call = SimpleNamespace(tokens=tokens, shape=shape, plan=plan, dtype=dtype, mixed=tokens_dtype != dtype)
+        taken = tokens_dtype in (dtype, torch.float32)
+        assert native.has_forward(call) == (fitting and taken)
+        single = SimpleNamespace(**vars(call) | {"plan": replace(plan, forward="single_pass")})
+        assert native.has_forward(single) == taken
 
 
 def test_on_a_cpu_everything_goes_through_one_operator(monkeypatch):

@@ -9,12 +9,10 @@ from fila_kernels.call import Call, Shape
 from fila_kernels.testing import (
     DIFFERENTIABLE,
     Case,
-    alpha_terms,
-    assert_close,
     assert_wild_tile,
+    expect_cvfm,
     gradients,
     ids,
-    in_double,
     options,
 )
 
@@ -25,16 +23,11 @@ SMALL = Case("small", tiles=2, images=2)
 
 def check(case: Case, dtype: torch.dtype, gate: str, wanted=DIFFERENTIABLE, **settings) -> None:
     inputs = {name: guarded(tensor) for name, tensor in case.inputs(dtype).items()}
-    exact_inputs = in_double(inputs)
     grad = guarded(torch.randn(inputs["tokens"].shape, dtype=torch.float64).to(dtype))
     common = {"gate": gate, **options(case)}
-    exact, exact_gradients = gradients(reference.cvfm, exact_inputs, grad, wanted, **common)
-    eager, eager_gradients = gradients(reference.cvfm, inputs, grad, wanted, **common)
+    expected = expect_cvfm(inputs, grad, wanted, **common)
     found, found_gradients = gradients(cvfm, inputs, grad, wanted, backend="triton", **settings, **common)
-    assert_close("out", found, exact, eager)
-    for name in wanted:
-        largest = alpha_terms(exact_inputs, grad, gate, case.prefix) if name == "alpha" else None
-        assert_close(name, found_gradients[name], exact_gradients[name], eager_gradients[name], largest)
+    expected.check({"out": found} | found_gradients)
 
 
 @pytest.mark.usefixtures("guards")
