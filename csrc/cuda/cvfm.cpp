@@ -55,6 +55,10 @@ Tensor flat(const Tensor& tokens) {
                                                                                                   : dense(tokens);
 }
 
+bool is_mixed(const ForwardArguments& a) {
+  return a.tokens.scalar_type() != a.features.scalar_type();
+}
+
 // Rows of one stride. That of a single row among its axis means nothing; then the tensor is dense.
 Matrix view_rows(const Tensor& matrix) {
   const int64_t axis = matrix.dim() - 2;
@@ -76,6 +80,17 @@ class WithoutGraph {
  private:
   const bool before_ = aoti_torch_grad_mode_is_enabled();
 };
+
+// The tokens as fc1 multiplies them: themselves, or rounded to the products' type.
+Tensor row_operand(const Tensor& tokens, const ForwardArguments& a) {
+  if (!is_mixed(a)) {
+    return tokens;
+  }
+  const WithoutGraph without_graph;
+  Tensor rounded = torch::stable::new_empty(a.features, {tokens.size(0), tokens.size(1), tokens.size(2)});
+  torch::stable::copy_(rounded, tokens);
+  return rounded;
+}
 
 // x weight' + bias by torch's own library. Into a tensor of our dtype: aten::linear itself is on autocast's list, and
 // would choose another for direct callers within torch.autocast.
@@ -106,7 +121,8 @@ void run_in_one(const ForwardArguments& a, const ForwardSizes& s, const Tensor& 
   require(s.width == kSinglePassWidth && s.hidden == kSinglePassWidth, kOp, "expected D and H of ", kSinglePassWidth,
           " for plan 'single_pass', got ", s.width, " and ", s.hidden);
   const int32_t device = a.tokens.get_device_index();
-  const Tensor tokens = flat(a.tokens), fc1_weight = dense(a.fc1_weight), fc2_weight = dense(a.fc2_weight);
+  const Tensor tokens = flat(a.tokens), operand = row_operand(tokens, a);
+  const Tensor fc1_weight = dense(a.fc1_weight), fc2_weight = dense(a.fc2_weight);
   const Tensor fc1_bias = dense(a.fc1_bias), fc2_bias = dense(a.fc2_bias);
   const bool by_vectors = is_aligned(a.features) && a.features.stride(0) % kAlignment == 0 &&
                           a.features.stride(1) % kAlignment == 0 && a.features.stride(2) % kAlignment == 0;
@@ -117,7 +133,9 @@ void run_in_one(const ForwardArguments& a, const ForwardSizes& s, const Tensor& 
   call.rows = make_rows(static_cast<int32_t>(s.prefix), static_cast<int32_t>(s.patches));
   call.num_rows = s.geometry.tiles * (s.prefix + s.patches);
   call.size = s.grid;
-  call.tokens = view_rows(tokens);
+  call.tokens = view_rows(operand);
+  call.residual = view_rows(tokens);
+  call.mixed = is_mixed(a);
   call.maps = view_maps<uint16_t>(features);
   call.boxes = view_boxes(a.boxes, a.image_index);
   call.fc1_weight = view_rows(fc1_weight);
@@ -139,23 +157,24 @@ void run(const ForwardArguments& a, const ForwardSizes& s, const Tensor& out, El
   const Geometry& g = s.geometry;
   const int64_t length = s.prefix + s.patches, num_rows = g.tiles * length;
   const Rows rows = make_rows(static_cast<int32_t>(s.prefix), static_cast<int32_t>(s.patches));
-  const Tensor tokens = flat(a.tokens), fc1_weight = dense(a.fc1_weight), fc2_weight = dense(a.fc2_weight);
+  const Tensor tokens = flat(a.tokens), operand = row_operand(tokens, a);
+  const Tensor fc1_weight = dense(a.fc1_weight), fc2_weight = dense(a.fc2_weight);
   const Tensor fc1_bias = dense(a.fc1_bias), fc2_bias = dense(a.fc2_bias);
-  const Tensor activated = torch::stable::new_empty(a.tokens, {g.tiles, length, s.hidden});
+  const Tensor activated = torch::stable::new_empty(a.features, {g.tiles, length, s.hidden});
 
   Fc1 fc1{};
   fc1.element = element;
   fc1.rows = rows;
   fc1.num_rows = num_rows;
   fc1.hidden_width = s.hidden;
-  fc1.tokens = view_rows(tokens);
+  fc1.tokens = view_rows(operand);
   fc1.token_width = s.width;
   fc1.weight = view_rows(fc1_weight);
   fc1.activated = activated.mutable_data_ptr();
   fc1.hidden = data_or_null(a.hidden);
   Tensor samples = activated;
   if (a.plan == "sample_first") {
-    samples = torch::stable::new_empty(a.tokens, {g.tiles, length, s.channels});
+    samples = torch::stable::new_empty(a.features, {g.tiles, length, s.channels});
     sample<Scalar>(a.features, a, s, samples, stream);
     fc1.samples = view_rows(samples);
     fc1.sample_width = s.channels;
@@ -173,7 +192,7 @@ void run(const ForwardArguments& a, const ForwardSizes& s, const Tensor& out, El
   }
   run_product(fc1, device, stream);
 
-  Fc2 fc2{};
+  Fc2Mixed fc2{};
   fc2.element = element;
   fc2.rows = rows;
   fc2.num_rows = num_rows;
@@ -187,15 +206,18 @@ void run(const ForwardArguments& a, const ForwardSizes& s, const Tensor& out, El
   fc2.product = a.gate == "product";
   fc2.out = out.mutable_data_ptr();
   fc2.branch = data_or_null(a.branch);
-  run_product(fc2, device, stream);
+  if (is_mixed(a)) {
+    run_product(fc2, device, stream);
+  } else {
+    run_product(static_cast<const Fc2&>(fc2), device, stream);
+  }
 }
 
 Tensor forward(const ForwardArguments& a) {
   const ForwardSizes s = check_forward(kOp, a, Device::kCuda, {"sample_first", "project_first", "single_pass"});
   const ScalarType dtype = a.features.scalar_type();
-  require(a.tokens.scalar_type() == dtype, kOp, "expected tokens in the dtype of features on a GPU");
   require(dtype != ScalarType::Float, kOp,
-          "expected tokens of dtype bfloat16 or float16, got float32, whose products on a GPU are torch's: "
+          "expected features of dtype bfloat16 or float16, got float32, whose products on a GPU are torch's: "
           "fila_kernels.cvfm composes them");
   for (const int64_t width : {s.width, s.channels, s.hidden}) {
     require(width > 0 && width % kAlignment == 0, kOp, "expected D, C and H that are multiples of ", kAlignment,

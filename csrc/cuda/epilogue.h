@@ -35,11 +35,15 @@ struct Fc2Epilogue {
   CUTLASS_DEVICE Fc2Layer layer() const { return {make_gate(static_cast<float>(*alpha), product)}; }
 };
 
-// Both layers are one product, [first ; second] weight', that differ in the epilogue.
-template <typename ScalarType, class EpilogueType>
+// Both layers are one product, [first ; second] weight', that differ in the epilogue, and in the type of its source and
+// result.
+template <typename ScalarType, class EpilogueType, typename ResidualType = ScalarType>
 struct Product {
   using Scalar = ScalarType;
   using Epilogue = EpilogueType;
+  using Residual = ResidualType;
+  // Elements of 16 bytes, as TMA and vectors access them.
+  static constexpr int kResidualAlignment = 16 / sizeof(Residual);
 
   int num_rows, num_columns;
   Matrix first, second;
@@ -47,7 +51,7 @@ struct Product {
   Matrix weight;
   Scalar const* bias;  // or null
   Matrix source;       // or null
-  Scalar* out;
+  Residual* out;
   Epilogue epilogue;
 };
 
@@ -67,9 +71,8 @@ Product<ScalarOf<kElement>, Fc1Epilogue<ScalarOf<kElement>>> make_product(const 
           {call.rows, static_cast<Scalar*>(call.hidden), call.hidden_width, call.addend.data != nullptr}};
 }
 
-template <Element kElement>
-Product<ScalarOf<kElement>, Fc2Epilogue<ScalarOf<kElement>>> make_product(const Fc2& call) {
-  using Scalar = ScalarOf<kElement>;
+template <typename Scalar, typename Residual>
+Product<Scalar, Fc2Epilogue<Scalar>, Residual> make_fc2(const Fc2& call) {
   return {static_cast<int>(call.num_rows),
           static_cast<int>(call.token_width),
           call.activated,
@@ -79,9 +82,19 @@ Product<ScalarOf<kElement>, Fc2Epilogue<ScalarOf<kElement>>> make_product(const 
           call.weight,
           static_cast<Scalar const*>(call.bias),
           call.tokens,
-          static_cast<Scalar*>(call.out),
+          static_cast<Residual*>(call.out),
           {call.rows, static_cast<Scalar*>(call.branch), call.token_width, static_cast<Scalar const*>(call.alpha),
            call.product}};
+}
+
+template <Element kElement>
+Product<ScalarOf<kElement>, Fc2Epilogue<ScalarOf<kElement>>> make_product(const Fc2& call) {
+  return make_fc2<ScalarOf<kElement>, ScalarOf<kElement>>(call);
+}
+
+template <Element kElement>
+Product<ScalarOf<kElement>, Fc2Epilogue<ScalarOf<kElement>>, float> make_product(const Fc2Mixed& call) {
+  return make_fc2<ScalarOf<kElement>, float>(call);
 }
 
 template <Element kElement, class Call>

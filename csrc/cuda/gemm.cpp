@@ -14,6 +14,9 @@ const char* name_of(const Fc1&) {
 const char* name_of(const Fc2&) {
   return "fc2";
 }
+const char* name_of(const Fc2Mixed&) {
+  return "fc2_mixed";
+}
 
 // Selects the compiled kernels that a device runs: those of its own architecture, else those for any, of which
 // the driver compiles what the library has as PTX.
@@ -79,6 +82,10 @@ void run_product(const Fc1& call, int32_t device, CUstream_st* stream) {
 }
 
 void run_product(const Fc2& call, int32_t device, CUstream_st* stream) {
+  run(call, call.token_width, call.hidden_width, device, stream);
+}
+
+void run_product(const Fc2Mixed& call, int32_t device, CUstream_st* stream) {
   run(call, call.token_width, call.hidden_width, device, stream);
 }
 

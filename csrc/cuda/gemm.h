@@ -5,6 +5,8 @@
 //     fc1    Z = [X ; S] W1' + b1,  A = gelu(Z)
 //     fc2    M = A W2' + b2,        out = X + tanh(alpha M)  or  X + tanh(alpha) M,  prefix tokens as they are
 //
+// Under autocast X and out of fc2 are of float32, and fc1 reads a copy of X in the products' type.
+//
 // Sizes and strides are multiples of kAlignment and addresses of 16 bytes: that is what TMA and 16-byte copies take.
 
 #pragma once
@@ -54,10 +56,14 @@ struct Fc2 {
   void* branch;  // M [T * N, D], dense; or null
 };
 
+// The same where the tokens and the result are of float32.
+struct Fc2Mixed : Fc2 {};
+
 // Enqueue the product on `device`, which is the current one. What cannot be launched is an exception that names kernel
 // and shape.
 void run_product(const Fc1& call, int32_t device, CUstream_st* stream);
 void run_product(const Fc2& call, int32_t device, CUstream_st* stream);
+void run_product(const Fc2Mixed& call, int32_t device, CUstream_st* stream);
 
 // The kernels, one unit for each function: fc1_bf16_sm90a.cu holds Kernel<9, Element::kBFloat16>::run(const Fc1&, ...),
 // the number being the compute capability's major one. They return null, or why the launch failed.
@@ -65,6 +71,7 @@ template <int kMajor, Element kElement>
 struct Kernel {
   static const char* run(const Fc1& call, CUstream_st* stream);
   static const char* run(const Fc2& call, CUstream_st* stream);
+  static const char* run(const Fc2Mixed& call, CUstream_st* stream);
 };
 
 }  // namespace fila

@@ -53,7 +53,7 @@ struct OptionalLoad : Base {
 };
 
 // Accumulator, bias and source to the result; and Z or M to the rows of samples.
-template <class ThreadMap, typename Scalar, class Epilogue>
+template <class ThreadMap, typename Scalar, typename Residual, class Epilogue>
 struct RowVisitor2x : cutlass::epilogue::threadblock::VisitorImpl2x<> {
   using Arguments = Epilogue;
   using Params = Epilogue;
@@ -85,21 +85,21 @@ struct RowVisitor2x : cutlass::epilogue::threadblock::VisitorImpl2x<> {
     ProblemShape shape;
 
     template <typename Sum, typename Bias, typename Source, int kSize>
-    CUTLASS_DEVICE cutlass::Array<Scalar, kSize> visit(int iteration, int row, int column, int,
-                                                       cutlass::Array<Sum, kSize> const&,
-                                                       cutlass::Array<Sum, kSize> const& sum,
-                                                       cutlass::Array<Bias, kSize> const& bias,
-                                                       cutlass::Array<Source, kSize> const& source) {
+    CUTLASS_DEVICE cutlass::Array<Residual, kSize> visit(int iteration, int row, int column, int,
+                                                         cutlass::Array<Sum, kSize> const&,
+                                                         cutlass::Array<Sum, kSize> const& sum,
+                                                         cutlass::Array<Bias, kSize> const& bias,
+                                                         cutlass::Array<Source, kSize> const& source) {
       const auto at = coordinates(cute::_0{}, column, row, iteration);
       const Token token = token_of(cute::get<0>(at), epilogue.rows);
       cutlass::AlignedArray<Scalar, kSize> kept;
-      cutlass::Array<Scalar, kSize> result;
+      cutlass::Array<Residual, kSize> result;
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kSize; ++i) {
         const float operand = static_cast<float>(source[i]);
         const float value = layer.keep(sum[i], static_cast<float>(bias[i]), operand);
         kept[i] = static_cast<Scalar>(value);
-        result[i] = static_cast<Scalar>(layer.finish(value, operand, is_patch(token)));
+        result[i] = static_cast<Residual>(layer.finish(value, operand, is_patch(token)));
       }
       if (epilogue.kept != nullptr && is_patch(token) && cute::elem_less(at, shape)) {
         Scalar* target = epilogue.kept + sample_of(token, epilogue.rows) * epilogue.width + cute::get<1>(at);
@@ -129,6 +129,7 @@ __global__ void __launch_bounds__(Kernel::kThreads)
 template <class Product>
 struct Sm80Product {
   using Scalar = typename Product::Scalar;
+  using Residual = typename Product::Residual;
   using Epilogue = typename Product::Epilogue;
   using RowMajor = cutlass::layout::RowMajor;
   using ColumnMajor = cutlass::layout::ColumnMajor;
@@ -140,23 +141,24 @@ struct Sm80Product {
 
   using Default = typename cutlass::gemm::kernel::DefaultGemmUniversal<
       Scalar, RowMajor, cutlass::ComplexTransform::kNone, kAlignment, Scalar, ColumnMajor,
-      cutlass::ComplexTransform::kNone, kAlignment, Scalar, RowMajor, float, cutlass::arch::OpClassTensorOp,
+      cutlass::ComplexTransform::kNone, kAlignment, Residual, RowMajor, float, cutlass::arch::OpClassTensorOp,
       cutlass::arch::Sm80, TileShape, WarpShape, InstructionShape,
-      cutlass::epilogue::thread::LinearCombination<Scalar, kAlignment, float, float>,
+      cutlass::epilogue::thread::LinearCombination<Residual, Product::kResidualAlignment, float, float>,
       cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<>, kStages, cutlass::arch::OpMultiplyAdd>::GemmKernel;
   using Mma = typename TwoOperandMma<typename Default::Mma>::Type;
   using OperandA = typename Mma::IteratorA::Operand;
   using OperandB = typename Mma::IteratorB::Operand;
 
-  using ThreadMap = cutlass::epilogue::threadblock::OutputTileThreadLayout<TileShape, WarpShape, Scalar, kAlignment>;
+  using ThreadMap = cutlass::epilogue::threadblock::OutputTileThreadLayout<TileShape, WarpShape, Residual,
+                                                                           Product::kResidualAlignment>;
   using Stride = cute::Stride<int64_t, cute::_1, cute::_0>;
   using Bias = cutlass::epilogue::threadblock::VisitorRowBroadcast<ThreadMap, Scalar,
                                                                    cute::Stride<cute::_0, cute::_1, cute::_0>>;
-  using Source = OptionalLoad<cutlass::epilogue::threadblock::VisitorAuxLoad<ThreadMap, Scalar, Stride>>;
+  using Source = OptionalLoad<cutlass::epilogue::threadblock::VisitorAuxLoad<ThreadMap, Residual, Stride>>;
   using Visitor = cutlass::epilogue::threadblock::Sm80EVT<
-      cutlass::epilogue::threadblock::VisitorAuxStore<ThreadMap, Scalar, cutlass::FloatRoundStyle::round_to_nearest,
+      cutlass::epilogue::threadblock::VisitorAuxStore<ThreadMap, Residual, cutlass::FloatRoundStyle::round_to_nearest,
                                                       Stride>,
-      cutlass::epilogue::threadblock::Sm80EVT<RowVisitor2x<ThreadMap, Scalar, Epilogue>,
+      cutlass::epilogue::threadblock::Sm80EVT<RowVisitor2x<ThreadMap, Scalar, Residual, Epilogue>,
                                               cutlass::epilogue::threadblock::VisitorAccFetch, Bias, Source>>;
   using BlockEpilogue =
       cutlass::epilogue::threadblock::EpilogueWithVisitorCallbacks<typename Default::Epilogue, Visitor, 1>;
@@ -207,8 +209,9 @@ struct Sm80Product {
     const int row_tiles = cutlass::ceil_div(product.num_rows, TileShape::kM);
     const int column_tiles = cutlass::ceil_div(product.num_columns, TileShape::kN);
     const ProblemShape shape{product.num_rows, product.num_columns, 1};
+    Residual* source = const_cast<Residual*>(static_cast<Residual const*>(product.source.data));
     typename Visitor::Arguments visitor{
-        {{}, {product.bias}, {pointer(product.source), Scalar(0), {product.source.stride, {}, {}}}, product.epilogue},
+        {{}, {product.bias}, {source, Residual(0), {product.source.stride, {}, {}}}, product.epilogue},
         {product.out, {product.num_columns, {}, {}}}};
     const Params params{shape,
                         depth_tiles(product.first_depth, product.second_depth, TileShape::kK),

@@ -66,7 +66,7 @@ struct OptionalSource : cutlass::epilogue::fusion::Sm90SrcFetch<Scalar>, NodeHos
 
 // The root of the tree: accumulator, bias and source to the result; and Z or M from registers to the rows of samples,
 // which are not a matrix within the flat rows that TMA could address.
-template <typename Scalar, class Epilogue>
+template <typename Scalar, typename Residual, class Epilogue>
 struct RowVisitor : cutlass::epilogue::fusion::Sm90VisitorImpl<>, NodeHost<Epilogue> {
   using Arguments = Epilogue;
   using Params = Epilogue;
@@ -100,10 +100,10 @@ struct RowVisitor : cutlass::epilogue::fusion::Sm90VisitorImpl<>, NodeHost<Epilo
     int row, column;
 
     template <typename Sum, typename Bias, typename Source, int kSize>
-    CUTLASS_DEVICE cutlass::Array<Scalar, kSize> visit(cutlass::Array<Sum, kSize> const&, int epi_v, int epi_m,
-                                                       int epi_n, cutlass::Array<Sum, kSize> const& sum,
-                                                       cutlass::Array<Bias, kSize> const& bias,
-                                                       cutlass::Array<Source, kSize> const& source) {
+    CUTLASS_DEVICE cutlass::Array<Residual, kSize> visit(cutlass::Array<Sum, kSize> const&, int epi_v, int epi_m,
+                                                         int epi_n, cutlass::Array<Sum, kSize> const& sum,
+                                                         cutlass::Array<Bias, kSize> const& bias,
+                                                         cutlass::Array<Source, kSize> const& source) {
       // Elements 2 i and 2 i + 1 are neighbours in a row.
       using Layout = typename Coordinates::layout_type;
       using Neighbour = decltype(Layout{}(cute::_1{}));
@@ -111,7 +111,7 @@ struct RowVisitor : cutlass::epilogue::fusion::Sm90VisitorImpl<>, NodeHost<Epilo
                     cute::is_constant<1, decltype(cute::get<1>(Neighbour{}))>::value);
 
       auto subtile = coordinates(cute::_, cute::_, cute::_, epi_m, epi_n);
-      cutlass::Array<Scalar, kSize> result;
+      cutlass::Array<Residual, kSize> result;
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kSize; i += 2) {
         const auto at = subtile(epi_v * kSize + i);
@@ -122,7 +122,7 @@ struct RowVisitor : cutlass::epilogue::fusion::Sm90VisitorImpl<>, NodeHost<Epilo
           const float operand = static_cast<float>(source[i + j]);
           const float value = layer.keep(sum[i + j], static_cast<float>(bias[i + j]), operand);
           kept[j] = static_cast<Scalar>(value);
-          result[i + j] = static_cast<Scalar>(layer.finish(value, operand, is_patch(token)));
+          result[i + j] = static_cast<Residual>(layer.finish(value, operand, is_patch(token)));
         }
         if (epilogue.kept != nullptr && is_patch(token) && cute::elem_less(at, residue)) {
           Scalar* target = epilogue.kept + sample_of(token, epilogue.rows) * epilogue.width;
@@ -292,18 +292,19 @@ struct Sm100 {
 template <class Config, class Product>
 struct TmaProduct {
   using Scalar = typename Product::Scalar;
+  using Residual = typename Product::Residual;
   using Epilogue = typename Product::Epilogue;
   using RowMajor = cutlass::layout::RowMajor;
   using ColumnMajor = cutlass::layout::ColumnMajor;
 
   using Visitor = cutlass::epilogue::fusion::Sm90EVT<
-      RowVisitor<Scalar, Epilogue>, cutlass::epilogue::fusion::Sm90AccFetch,
+      RowVisitor<Scalar, Residual, Epilogue>, cutlass::epilogue::fusion::Sm90AccFetch,
       cutlass::epilogue::fusion::Sm90RowBroadcast<0, typename Config::BlockShape, Scalar, float>,
-      OptionalSource<Scalar>>;
+      OptionalSource<Residual>>;
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       typename Config::Arch, cutlass::arch::OpClassTensorOp, typename Config::TileShape, typename Config::ClusterShape,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, Scalar, RowMajor, kAlignment, Scalar, RowMajor,
-      kAlignment, typename Config::EpilogueSchedule, Visitor>::CollectiveOp;
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, Residual, RowMajor, Product::kResidualAlignment,
+      Residual, RowMajor, Product::kResidualAlignment, typename Config::EpilogueSchedule, Visitor>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       typename Config::Arch, cutlass::arch::OpClassTensorOp, Scalar, RowMajor, kAlignment, Scalar, ColumnMajor,
       kAlignment, float, typename Config::TileShape, typename Config::ClusterShape,
@@ -336,7 +337,7 @@ struct TmaProduct {
     };
     const char* fault =
         tma_fault({{source.data, source.stride, num_rows, num_columns}, {out.data, out.stride, num_rows, num_columns}},
-                  sizeof(Scalar));
+                  sizeof(Residual));
     if (fault == nullptr) {
       fault = fault_of(product.first, 0, product.first_depth);
     }
@@ -357,7 +358,7 @@ struct TmaProduct {
     arguments.mainloop.first_depth = product.first_depth;
     arguments.mainloop.second_depth = product.second_depth;
     arguments.epilogue.thread = {{}, {product.bias}, has_source, product.epilogue};
-    arguments.epilogue.ptr_C = operand(source);
+    arguments.epilogue.ptr_C = static_cast<Residual const*>(source.data);
     arguments.epilogue.dC = stride(source);
     arguments.epilogue.ptr_D = product.out;
     arguments.epilogue.dD = stride(out);

@@ -15,13 +15,15 @@ struct SinglePass {
   Element element;
   Rows rows;
   int64_t num_rows, size;
-  Matrix tokens;  // X [R, D]
+  Matrix tokens;    // X [R, D] as it is multiplied
+  Matrix residual;  // X as it is added: the same, or, where it is mixed, of float32
+  bool mixed;
   FeatureMaps<uint16_t> maps;
   TileBoxes boxes;
   Matrix fc1_weight, fc2_weight;
   const void *fc1_bias, *fc2_bias, *alpha;
   bool product;
-  void* out;     // [R, D], dense
+  void* out;     // [R, D], dense, of the residual's type
   void* hidden;  // Z [T * N, H], dense; or null
   void* branch;  // M [T * N, D], dense; or null
 };
@@ -30,7 +32,7 @@ struct SinglePass {
 // library has no kernel for it.
 void run_single_pass(const SinglePass& call, int32_t device, CUstream_st* stream);
 
-// The kernel, one unit for each element. It returns null, or why the launch failed.
+// The kernels, one unit for each element. It returns null, or why the launch failed.
 template <Element kElement>
 const char* launch_single_pass(const SinglePass& call, CUstream_st* stream);
 

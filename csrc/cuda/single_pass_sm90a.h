@@ -58,7 +58,8 @@ CUTLASS_DEVICE void copy_to_block(const void* source, const void* target, const 
                : "memory");
 }
 
-template <Element kElement>
+// Residual is the type of the tokens that are added, and of the result.
+template <Element kElement, typename Residual>
 struct SinglePassKernel {
   using Scalar = ScalarOf<kElement>;
   // What samples are computed with: the same type by the name that crop_resize knows.
@@ -95,10 +96,12 @@ struct SinglePassKernel {
     int64_t size;
     Rows rows;
     int32_t num_rows;
-    Scalar const *x, *bias_1, *bias_2, *alpha;
+    Residual const* x;
+    Scalar const *bias_1, *bias_2, *alpha;
     int64_t stride_x;
     bool product;
-    Scalar *out, *hidden, *branch;
+    Residual* out;
+    Scalar *hidden, *branch;
   };
 
   static constexpr uint32_t kRowBytes = kClusterRows * kDepthTile * sizeof(Scalar);
@@ -264,17 +267,21 @@ struct SinglePassKernel {
     ring.next();
   }
 
-  using Pair = cutlass::AlignedArray<Scalar, 2>;
+  template <typename Number>
+  using PairOf = cutlass::AlignedArray<Number, 2>;
+  using Pair = PairOf<Scalar>;
 
   // Neighbours of a row, of the vector of columns that `row` points into.
-  static CUTLASS_DEVICE Pair load_pair(Scalar const* row, int vector) {
-    return *reinterpret_cast<Pair const*>(row + vector * kVectorElements);
+  template <typename Number>
+  static CUTLASS_DEVICE PairOf<Number> load_pair(Number const* row, int vector) {
+    return *reinterpret_cast<PairOf<Number> const*>(row + vector * kVectorElements);
   }
-  static CUTLASS_DEVICE void store_pair(Scalar* row, int vector, const float (&values)[2]) {
-    Pair pair;
-    pair[0] = static_cast<Scalar>(values[0]);
-    pair[1] = static_cast<Scalar>(values[1]);
-    *reinterpret_cast<Pair*>(row + vector * kVectorElements) = pair;
+  template <typename Number>
+  static CUTLASS_DEVICE void store_pair(Number* row, int vector, const float (&values)[2]) {
+    PairOf<Number> pair;
+    pair[0] = static_cast<Number>(values[0]);
+    pair[1] = static_cast<Number>(values[1]);
+    *reinterpret_cast<PairOf<Number>*>(row + vector * kVectorElements) = pair;
   }
 
   // What a thread's two rows are of the whole, and where its first pair of columns lies in them.
@@ -367,11 +374,12 @@ struct SinglePassKernel {
   static CUTLASS_DEVICE void fuse(const Params& params, const ThreadRows& own, const Sums& sums) {
     const Fc2Layer layer{make_gate(static_cast<float>(*params.alpha), params.product)};
     Scalar* kept[2] = {own.in_samples(params.branch, params, 0), own.in_samples(params.branch, params, 1)};
-    Scalar const* x[2] = {own.in_rows(params.x, params.stride_x, 0), own.in_rows(params.x, params.stride_x, 1)};
-    Scalar* out[2] = {own.in_rows(params.out, kSinglePassWidth, 0), own.in_rows(params.out, kSinglePassWidth, 1)};
+    Residual const* x[2] = {own.in_rows(params.x, params.stride_x, 0), own.in_rows(params.x, params.stride_x, 1)};
+    Residual* out[2] = {own.in_rows(params.out, kSinglePassWidth, 0), own.in_rows(params.out, kSinglePassWidth, 1)};
     CUTLASS_PRAGMA_UNROLL
     for (int first = 0; first < kPairs; first += kPairsAtOnce) {
-      Pair bias[kPairsAtOnce / 2], tokens[kPairsAtOnce] = {};
+      Pair bias[kPairsAtOnce / 2];
+      PairOf<Residual> tokens[kPairsAtOnce] = {};
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kPairsAtOnce; ++i) {
         const SumPair pair = sum_pair(first + i);
@@ -431,17 +439,17 @@ struct SinglePassKernel {
   }
 };
 
-template <Element kElement>
+template <Element kElement, typename Residual>
 __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kSinglePassThreads, 1)
-    single_pass_kernel(const __grid_constant__ typename SinglePassKernel<kElement>::Params params) {
+    single_pass_kernel(const __grid_constant__ typename SinglePassKernel<kElement, Residual>::Params params) {
+  using Kernel = SinglePassKernel<kElement, Residual>;
   extern __shared__ __align__(1024) char storage[];
-  SinglePassKernel<kElement>::run_block(params,
-                                        *reinterpret_cast<typename SinglePassKernel<kElement>::Storage*>(storage));
+  Kernel::run_block(params, *reinterpret_cast<typename Kernel::Storage*>(storage));
 }
 
-template <Element kElement>
-const char* launch_single_pass(const SinglePass& call, CUstream_st* stream) {
-  using Kernel = SinglePassKernel<kElement>;
+template <Element kElement, typename Residual>
+const char* launch_single_pass_of(const SinglePass& call, CUstream_st* stream) {
+  using Kernel = SinglePassKernel<kElement, Residual>;
   using Scalar = typename Kernel::Scalar;
   const auto matrix = [](const Matrix& matrix, int64_t first, int64_t rows, int64_t columns) {
     return cute::make_tensor(cute::make_gmem_ptr(static_cast<Scalar const*>(matrix.data) + first),
@@ -476,19 +484,19 @@ const char* launch_single_pass(const SinglePass& call, CUstream_st* stream) {
       call.size,
       call.rows,
       static_cast<int32_t>(call.num_rows),
-      static_cast<Scalar const*>(call.tokens.data),
+      static_cast<Residual const*>(call.residual.data),
       static_cast<Scalar const*>(call.fc1_bias),
       static_cast<Scalar const*>(call.fc2_bias),
       static_cast<Scalar const*>(call.alpha),
-      call.tokens.stride,
+      call.residual.stride,
       call.product,
-      static_cast<Scalar*>(call.out),
+      static_cast<Residual*>(call.out),
       static_cast<Scalar*>(call.hidden),
       static_cast<Scalar*>(call.branch)};
 
   constexpr int kBytes = sizeof(typename Kernel::Storage);
   static_assert(kBytes <= 232448, "shared memory that a block may have on compute capability 9.0");
-  const auto kernel = single_pass_kernel<kElement>;
+  const auto kernel = single_pass_kernel<kElement, Residual>;
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status == cudaSuccess) {
     const int64_t clusters = (call.num_rows + kClusterRows - 1) / kClusterRows;
@@ -496,6 +504,12 @@ const char* launch_single_pass(const SinglePass& call, CUstream_st* stream) {
     status = cudaGetLastError();
   }
   return forget_error(status);
+}
+
+template <Element kElement>
+const char* launch_single_pass(const SinglePass& call, CUstream_st* stream) {
+  return call.mixed ? launch_single_pass_of<kElement, float>(call, stream)
+                    : launch_single_pass_of<kElement, ScalarOf<kElement>>(call, stream);
 }
 
 }  // namespace fila

@@ -10,10 +10,10 @@ import pytest
 import torch
 from gpu_checks import check, on_device
 
-from fila_kernels import cvfm, dispatch, reference
+from fila_kernels import cvfm, dispatch, reference, rounding
 from fila_kernels.backends import native, products
 from fila_kernels.backends.native import library
-from fila_kernels.testing import CASES, Case, assert_close, ids, options
+from fila_kernels.testing import CASES, Case, assert_close, ids, in_double, options
 
 USABLE, REASON = dispatch.available("native", torch.device("cuda", 0))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not USABLE, reason=REASON)]
@@ -207,6 +207,14 @@ def test_the_compiled_products_over_the_case_matrix(only_compiled, case, dtype, 
     check(case, "native", dtype, gate, plan=plan)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("alpha", [0.7, 0.0, 0.01])
+def test_the_compiled_products_keep_a_float32_residual_under_autocast(only_compiled, alpha, dtype, plan):
+    for case in (FUSED, with_products(Case("sliced", layout="sliced"))):
+        check(replace(case, alpha=alpha), "native", dtype, plan=plan, autocast=True)
+
+
 @pytest.fixture
 def single_pass():
     obstacle = dispatch._single_pass_obstacle("native", torch.device("cuda", 0), torch.bfloat16, (1024, 1024))
@@ -229,6 +237,8 @@ def test_single_pass_and_what_it_keeps(only_compiled, single_pass, case, dtype, 
     judge_forward(inputs, case.prefix, gate, out, **kept)
     assert torch.equal(torch.ops.fila.cvfm_forward(**gpu, **call), out)
     check(case, "native", dtype, gate, plan="single_pass")
+    for alpha in (0.7, 0.01):
+        check(replace(case, alpha=alpha), "native", dtype, gate, plan="single_pass", autocast=True)
 
 
 def judge_forward(inputs, prefix, gate, out, hidden, branch):
@@ -244,10 +254,11 @@ def judge_forward(inputs, prefix, gate, out, hidden, branch):
         return reference.cvfm(**cast, num_prefix_tokens=prefix, gate=gate), z.flatten(0, 1), m.flatten(0, 1)
 
     wide, narrow = defined(torch.float64), defined(out.dtype)
+    roundings = rounding.of_cvfm(in_double(inputs), out.dtype, gate=gate, num_prefix_tokens=prefix)
     for name, found, exact, eagerly in zip(
         ("out", "hidden", "branch"), (out, hidden, branch), wide, narrow, strict=True
     ):
-        assert_close(name, found.cpu(), exact, eagerly)
+        assert_close(name, found.cpu(), exact, eagerly, roundings[name])
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -55,10 +55,10 @@ STEPS = products.Steps(sampler, crop_resize_backward, gate_backward)
 def has_forward(call: Call) -> bool:
     """Whether the forward operator takes this call: all but odd tokens on a CPU, else what its products take.
 
-    Under autocast it adds the residual of float32 tokens on a CPU; on a GPU `products` does.
+    Under autocast it reads and writes the residual in the tokens' own float32.
     """
     on_cpu = call.tokens.device.type == "cpu"
-    if call.mixed and (not on_cpu or call.tokens.dtype != torch.float32):
+    if call.mixed and call.tokens.dtype != torch.float32:
         return False
     if on_cpu or call.plan.forward == "single_pass":  # which it takes or refuses itself
         return True
