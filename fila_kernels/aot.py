@@ -52,12 +52,12 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     }
 
 
-def _require_native(tensor: Tensor, backend: str) -> None:
+def _require_native(tensor: Tensor, backend: str, dtype: torch.dtype) -> None:
     if backend not in ("native", dispatch.AUTO):
         raise RuntimeError(f"expected a graph exported with backend 'native', which C++ can run, got {backend!r}")
     if tensor.device.type != "cpu":
         raise RuntimeError(f"this graph cannot leave Python: expected CPU tensors, got {tensor.device}")
-    usable, reason = dispatch.available("native", tensor.device, tensor.dtype)
+    usable, reason = dispatch.available("native", tensor.device, dtype)
     if not usable:
         raise RuntimeError(f"this graph cannot leave Python: {reason}")
 
@@ -72,7 +72,7 @@ def _example(size: int | torch.SymInt) -> int:
 
 
 def _crop_resize(features, boxes, image_index, size, backend="auto"):  # type: ignore[no-untyped-def]
-    _require_native(features, backend)
+    _require_native(features, backend, features.dtype)
     return torch.ops.fila.crop_resize(native.dense_channels(features), boxes, image_index, size, check_values=False)
 
 
@@ -80,14 +80,15 @@ def _cvfm_forward(  # type: ignore[no-untyped-def]
     tokens, features, boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
     num_prefix_tokens, gate, plan, save_hidden, save_branch, backend="auto",
 ):  # fmt: skip
-    _require_native(tokens, backend)
+    _require_native(tokens, backend, fc1_weight.dtype)
     if save_hidden or save_branch:
         raise RuntimeError("expected a graph exported under torch.no_grad(), got one that keeps tensors for a gradient")
     sizes = [[_example(size) for size in tensor.shape] for tensor in (tokens, features, fc1_weight)]
     shape = Shape.of(sizes[0], sizes[1], sizes[2][0], num_prefix_tokens)
-    chosen = planner.choose(shape, tokens.dtype, tokens.device, plan or None, "native").forward
+    # Under autocast the tokens have a dtype of their own; products and plan go by the weights'.
+    chosen = planner.choose(shape, fc1_weight.dtype, tokens.device, plan or None, "native").forward
     out = torch.ops.fila.cvfm(
         tokens, native.dense_channels(features), boxes, image_index, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha,
         num_prefix_tokens, gate, chosen, check_values=False,
     )  # fmt: skip
-    return out, tokens.new_empty((0,)), tokens.new_empty((0,))
+    return out, fc1_weight.new_empty((0,)), fc1_weight.new_empty((0,))

@@ -134,3 +134,28 @@ def test_torch_func_through_compile():
     torch.testing.assert_close(grad(total(torch.compile(function, backend="aot_eager")))(tokens), expected)
     both = torch.stack([tokens, 2 * tokens])
     torch.testing.assert_close(torch.compile(vmap(function), backend="eager")(both), vmap(definition)(both))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("inside", [False, True], ids=["compiled", "of a compiled function"])
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_torch_func_through_inductor_is_right_or_refused(transform, inside, fullgraph):
+    """One graph of a transform is refused by torch, whose tracing of functions with a `setup_context` ends there."""
+    tokens, function, definition = functions("cvfm")
+    apply = REFUSED["jvp"][0] if transform == "jvp" else RIGHT[transform]
+    torch._dynamo.reset()
+
+    def compiled(f):
+        return torch.compile(f, backend="inductor", fullgraph=fullgraph)
+
+    def call():
+        return apply(compiled(function), tokens) if inside else compiled(lambda x: apply(function, x))(tokens)
+
+    if fullgraph:
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            call()
+    elif transform == "jvp":
+        with pytest.raises(RuntimeError, match="forward-mode differentiation"):
+            call()
+    else:
+        torch.testing.assert_close(call(), apply(definition, tokens))

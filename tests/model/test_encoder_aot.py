@@ -15,7 +15,7 @@ from fila.aot import Encoder, compile_encoder, encoder_inputs
 from fila.configuration import FilaVisionConfig
 from fila.image_processing import FilaImageProcessor
 from fila.vision import FilaVisionModel
-from fila_kernels import CVFM, aot, crop_resize
+from fila_kernels import CVFM, aot, crop_resize, planner
 from fila_kernels.backends.native import library
 from fila_kernels.testing import assert_close
 
@@ -123,6 +123,30 @@ def test_what_cannot_leave_python_says_why(program, message):
     graph = program()
     with pytest.raises(RuntimeError, match=message):
         graph.run_decompositions(aot.decompositions())
+
+
+@needs_library
+def test_a_graph_exported_under_autocast_is_planned_in_its_dtype_and_keeps_the_residual(monkeypatch):
+    """float16 products would not be the library's; the tokens' float32 says nothing of that."""
+    asked, choose = [], planner.choose
+    monkeypatch.setattr(
+        aot.planner, "choose", lambda shape, dtype, *rest: asked.append(dtype) or choose(shape, dtype, *rest)
+    )
+    module, case = Fused().eval(), arguments()
+    with torch.autocast("cpu", torch.bfloat16):
+        want = module(*case)
+        program = exported(module)
+    asked.clear()
+    program = program.run_decompositions(aot.decompositions())
+    assert asked == [torch.bfloat16]
+    assert targets(program, "fila") == ["fila.crop_resize.default", "fila.cvfm.default"]
+    got = program.module()(*case)
+    assert (got[0].dtype, want[0].dtype) == (torch.float32, torch.float32)
+    assert torch.equal(got[0], want[0])
+    with torch.autocast("cpu", torch.float16):
+        program = exported(module)
+    with pytest.raises(RuntimeError, match=r"float32, bfloat16 and float64, not torch\.float16"):
+        program.run_decompositions(aot.decompositions())
 
 
 @needs_library
