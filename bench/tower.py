@@ -22,7 +22,7 @@ from bench.variants import BACKENDS, backend_obstacle
 from bench.verify import Gate
 from bench.workloads import DTYPES
 from fila import FilaVisionConfig, FilaVisionModel, preset
-from fila.fusion import DeepFusion
+from fila.fusion import DeepFusion, Fusion
 
 DIRECTIONS = ("forward", "forward+backward")
 PREFIX = "fusion_"  # before the backend's name
@@ -62,7 +62,7 @@ def variants(device: torch.device, direction: str, names: Sequence[str] = ()) ->
     return {name: found[name] for name in found if not names or name in names}
 
 
-class EagerFusion(nn.Module):
+class EagerFusion(Fusion):
     """A CVFM's parameters in tuned eager PyTorch; boxes are read back once and kept, as a careful user does."""
 
     def __init__(self, fusion: DeepFusion) -> None:
@@ -70,7 +70,7 @@ class EagerFusion(nn.Module):
         self.fusion = fusion
         self.places: dict[int, tuple[list, list]] = {}
 
-    def forward(self, tokens: Tensor, maps: list[Tensor], boxes: list[Tensor], image_index: Tensor) -> Tensor:
+    def fuse(self, tokens: Tensor, maps: Sequence[Tensor], boxes: Sequence[Tensor], image_index: Tensor) -> Tensor:
         stage = self.fusion.stage
         key = len(boxes[stage])
         if key not in self.places:

@@ -179,8 +179,8 @@ class FilaConfig(OwnedFields):
 
     Args:
         vision_config: `FilaVisionConfig`. It owns the canvases and the feature layer.
-        text_config: any causal language model's config; Llama by default. It owns `use_cache` and
-            `tie_word_embeddings`, which may be given here and are passed on.
+        text_config: any causal language model's config; Llama by default. It owns `use_cache`,
+            `tie_word_embeddings` and `vocab_size`, which may be given here and are passed on.
         image_token_index: the token that stands for a piece of a picture; also known as `image_token_id`.
         projector_hidden_act: the projector's activation.
         multimodal_projector_bias: whether the projector's layers have a bias.
@@ -221,6 +221,7 @@ class FilaConfig(OwnedFields):
     image_grid_pinpoints = part_of("vision_config", "image_grid_pinpoints")
     use_cache = part_of("text_config", "use_cache", writable=True)
     tie_word_embeddings = part_of("text_config", "tie_word_embeddings", writable=True)
+    vocab_size = part_of("text_config", "vocab_size", writable=True)
 
     @property
     def vision_feature_select_strategy(self) -> str:

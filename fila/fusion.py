@@ -1,16 +1,16 @@
 """Defines the fusions: the modules between ViT layers that add to the tiles' tokens what the ConvNeXt saw.
 
 The configuration's `fusion` names an entry of `FUSIONS`, and the encoder builds one module of it per entry of
-`fusion_layers`. Each module is called after its ViT layer, once per group of pictures of one canvas size:
+`fusion_layers`. Each module is called once after its ViT layer and fuses every group of pictures of one canvas size:
 
-    tokens = module(tokens, maps, boxes, image_index)
+    tokens = module.fuse(tokens, maps, boxes, image_index)
 
     tokens       [T, 1 + N, D], the class token and the patch tokens of every view in the group
     maps         each ConvNeXt stage's map, shallowest first: [B, h/s, w/s, C], channels last
     boxes        for each stage, [T, 4] float32: the region of every view on that stage's map, in cells
     image_index  [T] int32, the picture within the group that each view came from
 
-To add a fusion, derive it from `Fusion` and enter its builder in `FUSIONS`.
+To add a fusion, derive it from `Fusion`, write its `fuse`, and enter its builder in `FUSIONS`.
 
 Source: FILA (arXiv 2412.08378), section 3.3.
 """
@@ -18,6 +18,7 @@ Source: FILA (arXiv 2412.08378), section 3.3.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,8 +51,25 @@ def show_watcher(fusion: nn.Module, before: Tensor, after: Tensor) -> None:
         watcher(fusion, before, after)
 
 
+@dataclass(frozen=True)
+class ViewGroup:
+    """The pictures of one canvas size.
+
+    Attributes:
+        images: positions in the batch of pictures.
+        raster: height and width of their rasters, pixels.
+        boxes: for each ConvNeXt stage, [T_group, 4] float32 boxes in cells of that stage's map.
+        image_index: [T_group] int32, the picture of each view, by its position within the group.
+    """
+
+    images: list[int]
+    raster: tuple[int, int]
+    boxes: list[Tensor]
+    image_index: Tensor
+
+
 class Fusion(nn.Module):
-    """The interface that the rest of the model knows: a call as above, the first weights, and what a report says of it.
+    """The interface that the rest of the model knows: `fuse`, the first weights, and what a report says of it.
 
     Nothing outside a fusion reads another attribute of it.
     """
@@ -61,7 +79,22 @@ class Fusion(nn.Module):
         """The one ConvNeXt stage that the fusion reads, counted from 1; None where it reads several or none."""
         return None
 
-    def forward(self, tokens: Tensor, maps: Sequence[Tensor], boxes: Sequence[Tensor], image_index: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Sequence[Tensor], maps: Sequence[Sequence[Tensor]], groups: Sequence[ViewGroup]
+    ) -> list[Tensor]:
+        """`fuse` for every group.
+
+        One call serves all groups, since sharded weights are gathered at each call and processes differ in their
+        groups. Boxes stay inside `ViewGroup`, where mixed precision (FSDP2) does not round them.
+        """
+        fused = []
+        for x, of_group, group in zip(tokens, maps, groups, strict=True):
+            boxes = [box.to(x.device) for box in group.boxes]
+            fused.append(self.fuse(x, of_group, boxes, group.image_index.to(x.device)))
+        return fused
+
+    def fuse(self, tokens: Tensor, maps: Sequence[Tensor], boxes: Sequence[Tensor], image_index: Tensor) -> Tensor:
+        """The tokens of one group with what its maps add; arguments as in the module's docstring."""
         raise NotImplementedError
 
     def init_fresh(self) -> None:
@@ -98,10 +131,10 @@ class DeepFusion(CVFM, Fusion):
         self.hidden_width = config.fusion_hidden_size
         self.stage = stage
 
-    def forward(  # type: ignore[override]
-        self, tokens: Tensor, maps: Sequence[Tensor], boxes: Sequence[Tensor], image_index: Tensor
-    ) -> Tensor:
-        return super().forward(tokens, maps[self.stage], boxes[self.stage], image_index)
+    forward = Fusion.forward  # type: ignore[assignment]
+
+    def fuse(self, tokens: Tensor, maps: Sequence[Tensor], boxes: Sequence[Tensor], image_index: Tensor) -> Tensor:
+        return CVFM.forward(self, tokens, maps[self.stage], boxes[self.stage], image_index)
 
     @property
     def convnext_stage(self) -> int:

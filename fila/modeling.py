@@ -195,12 +195,14 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
                 high_res_pixel_values,
                 return_dict=True,
             )
+        # Before the text is embedded, as with pictures: processes gather sharded weights in one order.
+        nothing = self._features_of_nothing() if image is None and self._others_encode_pictures(past_key_values) else None
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if image is not None:
             inputs_embeds = self.embed(input_ids, inputs_embeds, image)
-        elif self._others_encode_pictures(past_key_values):
-            inputs_embeds = inputs_embeds + self._features_of_nothing().to(inputs_embeds)
+        if nothing is not None:
+            inputs_embeds = inputs_embeds + nothing.to(inputs_embeds)
         if any(loses_gradient(inputs_embeds, layer) for layer in getattr(self.language_model, "layers", ())):
             inputs_embeds = inputs_embeds.detach().requires_grad_()
         for name in ("output_hidden_states", "output_attentions"):

@@ -3,14 +3,15 @@
 Shapes: T views in the whole batch, N = G*G patch tokens per view, D the ViT's width, C a ConvNeXt stage's width. A
 picture's views are its global view and then its tiles, row by row.
 
-Pictures whose canvases have one size form a *group*. Their rasters have one shape, so the ConvNeXt and each fusion run
-once per group (at most as many times as there are canvases), and no picture ever sees another's padding.
+Pictures whose canvases have one size form a *group*. Their rasters have one shape, so the ConvNeXt and each fusion
+compute group by group (at most as many as there are canvases), and no picture ever sees another's padding. Every module
+is called once for all groups: processes that share sharded weights gather them at each call, and their batches may
+differ in the number of groups.
 
 Source: FILA (arXiv 2412.08378), sections 3.2 and 3.3.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from fila.configuration import FilaVisionConfig
-from fila.fusion import Fusion, build_fusion, show_watcher
+from fila.fusion import Fusion, ViewGroup, build_fusion, show_watcher
 from fila.geometry import Layout
 
 
@@ -48,11 +49,27 @@ def loses_gradient(x: Tensor, layer: nn.Module) -> bool:
 
 
 class CheckpointedConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
-    """A ConvNeXt block that honours `gradient_checkpointing_enable()`, as transformers' own does not."""
+    """A ConvNeXt block that honours `gradient_checkpointing_enable()`, as transformers' own does not.
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = x.detach().requires_grad_() if loses_gradient(x, self) else x
-        return super().__call__(x, *args, **kwargs)
+    It takes the maps of all groups in one call and returns as many.
+    """
+
+    def __call__(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        return super().__call__(*(x.detach().requires_grad_() if loses_gradient(x, self) else x for x in maps))
+
+    def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        return tuple(super(CheckpointedConvNextLayer, self).forward(x) for x in maps)
+
+
+class GroupedConvNextStage(ConvNextStage):
+    """A ConvNeXt stage that takes the maps of all groups in one call and returns as many."""
+
+    def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        for layer in self.downsampling_layer:
+            maps = tuple(layer(x) for x in maps)
+        for layer in self.layers:
+            maps = layer(*maps)
+        return maps
 
 
 class FilaViT(CLIPPreTrainedModel):
@@ -60,6 +77,7 @@ class FilaViT(CLIPPreTrainedModel):
 
     config: CLIPVisionConfig
     config_class = CLIPVisionConfig
+    _no_split_modules = ["CLIPVisionEmbeddings", "CLIPEncoderLayer"]
 
     def __init__(self, config: CLIPVisionConfig, num_layers: int):
         super().__init__(config)
@@ -78,6 +96,7 @@ class FilaViT(CLIPPreTrainedModel):
 class FilaConvNext(ConvNextPreTrainedModel):
     """The ConvNeXt's stages without the pooling head, with the names of `transformers.ConvNextModel`."""
 
+    _no_split_modules = ["CheckpointedConvNextLayer"]
     # It has no attention, so that every implementation will do; without these, none but "eager" would load.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -91,7 +110,7 @@ class FilaConvNext(ConvNextPreTrainedModel):
         rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").split(list(config.depths))
         widths = [config.hidden_sizes[0], *config.hidden_sizes]
         for i, stage_rates in enumerate(rates):
-            stage = ConvNextStage(config, widths[i], widths[i + 1], stride=2 if i else 1, depth=0)
+            stage = GroupedConvNextStage(config, widths[i], widths[i + 1], stride=2 if i else 1, depth=0)
             stage.layers = nn.ModuleList(
                 CheckpointedConvNextLayer(config, dim=widths[i + 1], drop_path=rate) for rate in stage_rates.tolist()
             )
@@ -104,31 +123,15 @@ class FilaConvNext(ConvNextPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.patch_embeddings = value
 
-    def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """[B, 3, h, w] to each stage's map, channels last: [B, h/s, w/s, C]."""
-        x = self.embeddings(pixel_values.contiguous(memory_format=torch.channels_last))
-        maps = []
+    def forward(self, *rasters: Tensor) -> list[list[Tensor]]:
+        """Each group's raster [B, 3, h, w] to each stage's map, channels last: [B, h/s, w/s, C]."""
+        x = [self.embeddings(raster.contiguous(memory_format=torch.channels_last)) for raster in rasters]
+        maps: list[list[Tensor]] = [[] for _ in rasters]
         for stage in self.stages:
-            x = stage(x)
-            maps.append(x.permute(0, 2, 3, 1))
+            x = stage(*x)
+            for group, of_group in zip(maps, x, strict=True):
+                group.append(of_group.permute(0, 2, 3, 1))
         return maps
-
-
-@dataclass(frozen=True)
-class ViewGroup:
-    """The pictures of one canvas size.
-
-    Attributes:
-        images: positions in the batch of pictures.
-        raster: height and width of their rasters, pixels.
-        boxes: for each ConvNeXt stage, [T_group, 4] float32 boxes in cells of that stage's map.
-        image_index: [T_group] int32, the picture of each view, by its position within the group.
-    """
-
-    images: list[int]
-    raster: tuple[int, int]
-    boxes: list[Tensor]
-    image_index: Tensor
 
 
 def group_views(layouts: list[Layout], strides: list[int], device: torch.device) -> list[ViewGroup]:
@@ -185,7 +188,6 @@ class FilaVisionModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CLIPVisionEmbeddings", "CLIPEncoderLayer", "CheckpointedConvNextLayer", "DeepFusion"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -199,6 +201,7 @@ class FilaVisionModel(PreTrainedModel):
         fusion = build_fusion(config)
         self.convnext = FilaConvNext(config.convnext_config) if len(fusion) else None
         self.fusion = fusion
+        self._no_split_modules = {type(module).__name__ for module in fusion}  # to which `post_init` adds the towers'
         self.post_init()
 
     @torch.no_grad()
@@ -302,7 +305,7 @@ class FilaVisionModel(PreTrainedModel):
     ) -> BaseModelOutput:
         dtype = self.vit.embeddings.patch_embedding.weight.dtype
         x = self.vit.pre_layrnorm(self.vit.embeddings(views.to(dtype)))
-        maps = [self.convnext(raster.to(dtype)) for raster in rasters] if self.convnext is not None else []
+        maps = self.convnext(*(raster.to(dtype) for raster in rasters)) if self.convnext is not None else []
         fusion_after = dict(zip(self.config.fusion_layers or [], self.fusion, strict=True)) if len(self.fusion) else {}
         counts = [group.image_index.shape[0] for group in groups]
         if output_hidden_states is None:
@@ -315,10 +318,7 @@ class FilaVisionModel(PreTrainedModel):
             x = layer(x, None, **kwargs)
             if i in fusion_after:
                 parts = x.split(counts) if len(counts) > 1 else [x]
-                fused = [
-                    fusion_after[i](x_group, maps[g], groups[g].boxes, groups[g].image_index)
-                    for g, x_group in enumerate(parts)
-                ]
+                fused = fusion_after[i](parts, maps, groups)
                 for before, after in zip(parts, fused, strict=True):
                     show_watcher(fusion_after[i], before, after)
                 x = fused[0] if len(fused) == 1 else torch.cat(fused)

@@ -4,8 +4,8 @@
 
 The tests come from the pinned version's source distribution, which is downloaded once into `build/upstream/`. A test of
 FILA may be skipped, or may fail, only where LLaVA-NeXT's own does in the same run: each such test is listed with its
-reason, every other one makes the exit status 1. `EXEMPTIONS` is the whole of what was written by hand; it is printed
-in every run.
+reason, every other one makes the exit status 1. `CHANGES` is the whole of what was written by hand; it is printed in
+every run.
 """
 
 import importlib.metadata
@@ -27,15 +27,14 @@ COUNTERPARTS = {
     "FilaWithoutFusionModelTest": "LlavaNextModelTest",
     "FilaProcessorTest": "LlavaNextProcessorTest",
 }
-# Tests in which FILA may be skipped where LLaVA-NeXT is not: by name, upstream's reason and ours.
-NO_RENAMING = "No conversion found", "transformers renames no weight of FILA, whose weights never had other names"
-EXEMPTIONS = {"test_reverse_loading_mapping": NO_RENAMING, "test_can_load_from_already_mapped_keys": NO_RENAMING}
 # What the suite changes of upstream's tests, for all classes or for FILA's alone.
 CHANGES = (
     "test_can_init_all_missing_weights runs on FILA in full: the suite's year stands for the configuration's, without "
     "which upstream skips models of before 2023, LLaVA-NeXT not among them",
     "the mixins of tests/generation and tests/exporters are empty, since the source distribution lacks them: "
     "tests/model/test_generation.py and tests/model/test_export.py hold these contracts",
+    "test_reverse_loading_mapping and test_can_load_from_already_mapped_keys give FILA LLaVA-NeXT's older names of weights "
+    "to convert from, since it has none of its own",
     "test_get_image_features_output_* compare no shape, for both models: features come per view and not per picture",
 )
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
@@ -98,7 +97,6 @@ def run(folder: Path, arguments: list[str]) -> dict[tuple[str, str], tuple[str, 
 def judge(found: dict[tuple[str, str], tuple[str, str]]) -> list[str]:
     """Prints what is not passed, and returns the tests in which FILA falls short of LLaVA-NeXT."""
     ours: list[str] = []
-    exempt: list[str] = []
     shared: dict[str, list[str]] = {SKIPPED: [], FAILED: []}
     for (suite, name), (outcome, reason) in sorted(found.items()):
         if suite not in COUNTERPARTS or outcome == PASSED:
@@ -107,12 +105,9 @@ def judge(found: dict[tuple[str, str], tuple[str, str]]) -> list[str]:
         line = f"{suite}::{name}: {reason[:160]}"
         if other == outcome or (outcome, other) == (SKIPPED, FAILED):
             shared[outcome].append(line)
-        elif outcome == SKIPPED and name in EXEMPTIONS and reason.startswith(EXEMPTIONS[name][0]):
-            exempt.append(f"{line} ({EXEMPTIONS[name][1]})")
         else:
             ours.append(f"{outcome}, {other} by LLaVA-NeXT: {line}")
     print("\nchanged by hand:", *CHANGES, sep="\n  ")
-    print(f"\nskipped on FILA alone, exempt by hand: {len(exempt)}", *exempt, sep="\n  ")
     for outcome, lines in shared.items():
         print(f"\n{outcome} by LLaVA-NeXT too: {len(lines)}", *lines, sep="\n  ")
     print(f"\nFILA's own: {len(ours)}", *ours, sep="\n  ")

@@ -167,7 +167,7 @@ class Trainee(nn.Module):
         maps: list[list[Tensor]] = []
         projected: list[Tensor] = []
         with (
-            tower.convnext.register_forward_hook(lambda module, args, out: maps.append(out)),
+            tower.convnext.register_forward_hook(lambda module, args, out: maps.extend(out)),
             model.model.multi_modal_projector.register_forward_hook(lambda module, args, out: projected.append(out)),
         ):
             features = model.get_image_features(**images)
@@ -209,7 +209,7 @@ class Trainee(nn.Module):
         tiles = torch.cat([pixels[i, 1 : batch.layouts[i].num_views] for i in order])
         rasters = [high_res[g.images, :, : g.raster[0], : g.raster[1]] for g in groups]
         maps: list[list[Tensor]] = []
-        with tower.convnext.register_forward_hook(lambda module, args, out: maps.append(out)):
+        with tower.convnext.register_forward_hook(lambda module, args, out: maps.extend(out)):
             x = tower.encode(tiles, rasters, groups)
         wanted = torch.cat([labels[i] for i in order])
         losses = {

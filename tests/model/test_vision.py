@@ -110,7 +110,7 @@ class EveryStage(Fusion):
         super().__init__()
         self.shift, self.seen = torch.nn.Parameter(torch.empty(1)), []
 
-    def forward(self, tokens, maps, boxes, image_index):
+    def fuse(self, tokens, maps, boxes, image_index):
         self.seen.append((tokens.shape, [m.shape for m in maps], [b.tolist() for b in boxes], image_index.tolist()))
         return tokens + self.shift * sum(m.mean() for m in maps)
 

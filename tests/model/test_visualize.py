@@ -40,7 +40,7 @@ def test_gates_are_measured():
     made = model()
     seen = []
     module = made.model.vision_tower.fusion[2]
-    hook = module.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    hook = module.register_forward_hook(lambda _, args, out: seen.append((args[0][0], out[0])))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
     with watch_gates(made) as gates:
         encode(made, picture)

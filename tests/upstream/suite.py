@@ -7,6 +7,7 @@ FILA has one of LLaVA-NeXT with the same mixins, the same sizes and the same que
 # Copyright 2026 as upstream's test of initialisation looks for it.
 
 import unittest
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
@@ -16,6 +17,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextModel,
     LlavaNextProcessor,
+    conversion_mapping,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -38,7 +40,8 @@ from upstream_tests.test_processing_common import ProcessorTesterMixin  # isort:
 from upstream_tests.test_training_mixin import TrainingTesterMixin  # isort: skip
 
 TILE, PATCH, STRIDE = 8, 4, 8
-IMAGE_TOKEN = 4
+# Above the tokens that the mixin of training learns to write, since FILA never writes its image token.
+IMAGE_TOKEN = 20
 TEXT = dict(
     model_type="llama", vocab_size=99, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -77,7 +80,8 @@ class Questions:
         }
 
     def prepare_config_and_inputs_for_common(self):
-        ids = ids_tensor([self.batch_size, self.seq_length], TEXT["vocab_size"] - 5) + 5
+        others = IMAGE_TOKEN + 1
+        ids = ids_tensor([self.batch_size, self.seq_length], TEXT["vocab_size"] - others) + others
         ids[:, 1 : 1 + self.num_image_tokens] = IMAGE_TOKEN
         return self.get_config(), {**self.pixels(), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -118,6 +122,18 @@ class FilaWithoutFusionQuestions(FilaQuestions):
         return Questions.pixels(self)
 
 
+@contextmanager
+def renamed():
+    """Enters LLaVA-NeXT's older names of weights for FILA, whose weights never had others."""
+    names = conversion_mapping.get_checkpoint_conversion_mapping("llava_next")
+    conversion_mapping.register_checkpoint_conversion_mapping("fila", names)
+    try:
+        yield
+    finally:
+        del conversion_mapping._checkpoint_conversion_mapping_cache["fila"]
+        conversion_mapping.USER_REGISTERED_MAPPINGS.remove("fila")
+
+
 class ModelTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
     """The common part of both."""
 
@@ -153,6 +169,14 @@ class FilaModelTest(ModelTests, unittest.TestCase):
         # Upstream skips models that are older than 2023, which it tells by a line of the configuration's file.
         with mock.patch("inspect.getfile", return_value=__file__):
             super().test_can_init_all_missing_weights()
+
+    def test_reverse_loading_mapping(self):
+        with renamed():
+            super().test_reverse_loading_mapping(skip_base_model=True)  # as upstream's own test of LLaVA-NeXT
+
+    def test_can_load_from_already_mapped_keys(self):
+        with renamed():
+            super().test_can_load_from_already_mapped_keys()
 
 
 class FilaWithoutFusionModelTest(FilaModelTest):
