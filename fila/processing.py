@@ -1,38 +1,22 @@
 """Turns questions and pictures into model inputs; an `<image>` becomes one image token per embedding of its picture."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import LlavaNextProcessor
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from fila.chat import checked_message, fit
 from fila.image_processing import FilaImageProcessorKwargs, flatten_images
 from fila.images import load_picture
 
 IMAGE_TOKEN = "<image>"
-# The parts of a chat message that a FILA can answer to, and the keys under which a picture may stand.
-PARTS = ("text", "image", "image_url")
-PICTURE_KEYS = ("image", "url", "path", "base64")
-# Goes before templates that know texts only, as language models have them (LLaMA 3, Qwen2.5, SmolLM2): makes one text
-# of a message's parts, each picture a placeholder and a line break in front of it, as LLaVA-NeXT writes them.
-PARTS_TO_TEXT = (
-    "{%- set joined = namespace(messages=[], text='') -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['content'] is string or message['content'] is not iterable -%}"
-    "{%- set joined.messages = joined.messages + [message] -%}"
-    "{%- else -%}"
-    "{%- set joined.text = '' -%}"
-    "{%- for part in message['content'] if part['type'] == 'image' -%}"
-    "{%- set joined.text = joined.text ~ 'PLACEHOLDER' ~ '\n' -%}"
-    "{%- endfor -%}"
-    "{%- for part in message['content'] if part['type'] == 'text' -%}"
-    "{%- set joined.text = joined.text ~ part['text'] -%}"
-    "{%- endfor -%}"
-    "{%- set joined.messages = joined.messages + [dict(message, content=joined.text)] -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- set messages = joined.messages -%}"
-)
+# Arguments of `apply_chat_template` that say what becomes of the prompt.
+NOT_SHOWN = (
+    "tokenize", "return_dict", "return_tensors", "continue_final_message", "return_assistant_tokens_mask",
+    "processor_kwargs", "load_audio_from_video",
+)  # fmt: skip
 
 
 class FilaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -95,45 +79,35 @@ class FilaProcessor(LlavaNextProcessor):
         if self.image_token_id in (None, getattr(tokenizer, "unk_token_id", None)):
             raise ValueError(f"expected a tokenizer with the token {self.image_token!r}, got one without it")
 
-    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply_chat_template(
+        self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """The prompt of a conversation, or with `tokenize=True` the inputs, pictures included.
 
         As in transformers, with three differences: a part that no FILA can answer to is refused, whatever the template
-        would do with it (most leave it out in silence); the conversation is not changed; and a template that knows
-        texts only, as a language model's own, is given texts, with a placeholder for each picture.
+        would do with it (most leave it out in silence); the conversation is not changed; and a template that takes
+        texts alone, as a language model's own, or parts alone, is given what it takes (`fila.chat`).
 
         Raises:
             ValueError: an empty conversation, a part of another type than text, image or image_url, a text that is no
-                string, or a picture under more than one key or an unknown one.
+                string, a picture under more than one key or an unknown one, or a template that leaves out some of them.
         """
         if not isinstance(conversation, (list, tuple)) or not conversation:
             raise ValueError(f"expected a list of messages, got {conversation!r}")
         batched = isinstance(conversation[0], (list, tuple))
-        checked = [[_checked_message(m) for m in c] for c in (conversation if batched else [conversation])]
-        template = args[0] if args else kwargs.pop("chat_template", None)
-        template = self._template_of_parts(template, checked)
-        return super().apply_chat_template(checked if batched else checked[0], template, *args[1:], **kwargs)
-
-    def _template_of_parts(self, template: str | None, conversations: Sequence[Any]) -> str | None:
-        """The template, made to take parts where it does not and a conversation has some."""
+        checked = [[checked_message(m) for m in c] for c in (conversation if batched else [conversation])]
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
-        source = templates.get(template or "default", template)
-        has_parts = any(not isinstance(m.get("content", ""), str) for c in conversations for m in c if m.get("content"))
-        if not has_parts or not isinstance(source, str):
-            return template
-        lists = [m["content"] for c in conversations for m in c if isinstance(m.get("content"), list)]
-        # As many as the conversation has: a template may read the first part alone.
-        images, texts = ([sum(p["type"] == kind for p in parts) for parts in lists] for kind in ("image", "text"))
-        image, text = [{"type": "image"}] * any(images), [{"type": "text", "text": "What?"}] * max([1, *texts])
-        try:
-            prompt = super().apply_chat_template([{"role": "user", "content": [*image, *text]}], source)
-            found = prompt.count(self.image_token), prompt.count("What?")
-            # A list that stands there as Python prints it was not read.
-            takes_parts = found == (len(image), len(text)) and "'type'" not in prompt
-        except Exception:  # templates raise nearly anything
-            takes_parts = False
-        quoted = self.image_token.replace("\\", "\\\\").replace("'", "\\'")
-        return template if takes_parts else PARTS_TO_TEXT.replace("PLACEHOLDER", quoted) + source
+        source = templates.get(chat_template or "default", chat_template)
+        if isinstance(source, str):
+            shown = {name: value for name, value in kwargs.items() if name not in NOT_SHOWN}
+            shown |= dict(zip(("tools", "documents", "add_generation_prompt"), args, strict=False))
+            shown = {**self.tokenizer.special_tokens_map, **shown}
+
+            def render(conversations: Any, template: str) -> list[str]:
+                return render_jinja_template(conversations, chat_template=template, **shown)[0]
+
+            chat_template = fit(source, checked, self.image_token, render)
+        return super().apply_chat_template(checked if batched else checked[0], chat_template, *args, **kwargs)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         """Reads every picture and keeps lists nested as they are; a batch without any picture has no images at all."""
@@ -206,39 +180,3 @@ class FilaProcessor(LlavaNextProcessor):
         return MultiModalData(
             num_image_tokens=[layout.num_tokens for layout in layouts], num_image_patches=[1] * len(layouts)
         )
-
-
-def _checked_message(message: Any) -> Any:
-    """A copy of a chat message, its parts in the one form that every template knows."""
-    if not isinstance(message, Mapping):
-        raise ValueError(f"expected a message with role and content, got {message!r}")
-    content = message.get("content")
-    if not isinstance(content, (list, tuple)):
-        return dict(message)
-    return {**message, "content": [_checked_part(part) for part in content]}
-
-
-def _checked_part(part: Any) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in PARTS:
-        raise ValueError(f"expected parts of a message of type {', '.join(PARTS)}, got {kind or part!r}")
-    if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"expected a part of type text to hold a text, got {part.get('text')!r}")
-        return dict(part)
-    if kind == "image_url":
-        url = part.get("image_url")
-        url = url.get("url") if isinstance(url, Mapping) else url
-        if not isinstance(url, str):
-            raise ValueError(f"expected a part of type image_url to hold a URL, got {part.get('image_url')!r}")
-        return {"type": "image", "url": url}
-    found = {key: part[key] for key in PICTURE_KEYS if part.get(key) is not None}
-    unknown = {key for key in part if key not in ("type", *PICTURE_KEYS)}
-    if len(found) > 1 or (unknown and not found):
-        raise ValueError(
-            f"expected a part of type image to hold one picture, under {', '.join(PICTURE_KEYS)}, "
-            f"got {', '.join(map(str, [*found, *sorted(unknown, key=str)]))}"
-        )
-    if "base64" in found:
-        return {"type": "image", "url": f"data:;base64,{found['base64']}"}
-    return {"type": "image", **found}

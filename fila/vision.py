@@ -125,7 +125,9 @@ class FilaConvNext(ConvNextPreTrainedModel):
 
     def forward(self, *rasters: Tensor) -> list[list[Tensor]]:
         """Each group's raster [B, 3, h, w] to each stage's map, channels last: [B, h/s, w/s, C]."""
-        x = [self.embeddings(raster.contiguous(memory_format=torch.channels_last)) for raster in rasters]
+        # The weights' own dtype: sharded with mixed precision, parts of the tower differ in it (FSDP2).
+        dtype = self.embeddings.patch_embeddings.weight.dtype
+        x = [self.embeddings(raster.to(dtype, memory_format=torch.channels_last)) for raster in rasters]
         maps: list[list[Tensor]] = [[] for _ in rasters]
         for stage in self.stages:
             x = stage(*x)
@@ -160,7 +162,8 @@ def sizes_of(image_sizes: Any) -> list[tuple[int, int]]:
     Lists never become a tensor, so that `torch.export` keeps their numbers.
 
     Raises:
-        ValueError: if there is no picture, or something else than two whole numbers for one.
+        ValueError: if there is no picture, or something else than two whole numbers for one; if sizes whose numbers
+            are unknown are exported, since everything else depends on them.
     """
     if image_sizes is None:
         raise ValueError("expected image_sizes [n_images, 2] beside pixel_values, got none")
@@ -169,6 +172,8 @@ def sizes_of(image_sizes: Any) -> list[tuple[int, int]]:
         found = [tuple(size.tolist() if hasattr(size, "tolist") else size) for size in sizes]
     except TypeError:
         found = []
+    if any(isinstance(side, torch.SymInt) for size in found for side in size):
+        raise ValueError("expected image_sizes as a list of numbers for torch.export, got a tensor of unknown ones")
     if not found or not all(len(size) == 2 and all(type(side) is int for side in size) for size in found):
         shape = f"{list(image_sizes.shape)} in {image_sizes.dtype}" if hasattr(image_sizes, "shape") else repr(sizes)
         raise ValueError(f"expected image_sizes [n_images, 2] in whole pixels of at least one picture, got {shape}")
@@ -305,7 +310,7 @@ class FilaVisionModel(PreTrainedModel):
     ) -> BaseModelOutput:
         dtype = self.vit.embeddings.patch_embedding.weight.dtype
         x = self.vit.pre_layrnorm(self.vit.embeddings(views.to(dtype)))
-        maps = self.convnext(*(raster.to(dtype) for raster in rasters)) if self.convnext is not None else []
+        maps = self.convnext(*rasters) if self.convnext is not None else []
         fusion_after = dict(zip(self.config.fusion_layers or [], self.fusion, strict=True)) if len(self.fusion) else {}
         counts = [group.image_index.shape[0] for group in groups]
         if output_hidden_states is None:

@@ -41,7 +41,7 @@ LAYERS = {
         ("settings", "configuration images"),
         ("", "image_samples"),
         ("", "image_files"),
-        ("base", "geometry settings errors startup streams"),
+        ("base", "geometry settings chat errors startup streams"),
     ),
     "fila_kernels": (
         ("public names", "__init__ info aot testing"),

@@ -147,6 +147,8 @@ def chat(question: str, image: Image.Image) -> list:
     return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
 
 
+# As published in the tokenizer_config.json of Meta-Llama-3-8B-Instruct and SmolLM2-135M-Instruct; of Qwen2.5 and Qwen3
+# what they say of messages without tools.
 LLAMA_3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
     "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
@@ -168,6 +170,18 @@ SMOLLM_2 = (
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
     "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN_3 = (
+    "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}"
+    "{%- set ns = namespace(last=messages|length - 1) %}{%- for message in messages[::-1] %}"
+    "{%- if message.role == 'user' and message.content is string and not message.content.startswith('<tool_response>') %}"
+    "{%- set ns.last = (messages|length - 1) - loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for message in messages %}{%- if message.content is string %}{%- set content = message.content %}{%- else %}"
+    "{%- set content = '' %}{%- endif %}{%- if (message.role == 'user') or (message.role == 'system' and not loop.first) %}"
+    "{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}{%- elif message.role == 'assistant' %}"
+    "{{- '<|im_start|>assistant\n' + content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- if enable_thinking is defined and enable_thinking"
+    " is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
 )
 LLAMA_3_TURNS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 CHATML_TURNS = ("<|im_start|>", "<|im_end|>")
@@ -196,8 +210,9 @@ SMOLLMS_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Huggin
             f"<|im_start|>system\n{SMOLLMS_SYSTEM}<|im_end|>\n<|im_start|>user\n<image>\nTotal?<|im_end|>\n"
             "<|im_start|>assistant\n",
         ),
+        (QWEN_3, CHATML_TURNS, "<|im_start|>user\n<image>\nTotal?<|im_end|>\n<|im_start|>assistant\n"),
     ],
-    ids=["llama3", "qwen2.5", "smollm2"],
+    ids=["llama3", "qwen2.5", "smollm2", "qwen3"],
 )
 def test_chat_templates_of_language_models(loaded, template, turns, prompt):
     """They know texts only; a placeholder and a line break then stand in front of the question."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jinja2 import UndefinedError
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -209,14 +209,72 @@ KEEPS_ALL = (
 )
 
 
-def test_a_template_that_reads_the_first_part_alone(processor: FilaProcessor):
-    """It is given parts where one text is all there is; what it would leave out is an error."""
-    template = "{% for m in messages %}{{ m['role'] + ':' + m['content'][0]['text'] }}{% endfor %}"
-    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]
-    chat = [{"role": role, "content": parts[:1]} for role in ("user", "assistant")]
-    assert processor.apply_chat_template(chat, chat_template=template) == "user:Hiassistant:Hi"
-    with pytest.raises(UndefinedError, match="text"):
-        processor.apply_chat_template([{"role": "user", "content": parts}], chat_template=template)
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+FIRST_PART = "{% for m in messages %}{{ m['role'] + ':' + m['content'][0]['text'] }}{% endfor %}"
+FIRST_PART_IN_SILENCE = "{% for m in messages %}{{ m.role ~ ':' ~ m.content[0].text }}{% endfor %}"
+TEXT = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
+TRIMMED_TEXT = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] | trim }}{% endfor %}"
+# As Qwen3 and others: a content that is no string counts as none.
+TEXT_OR_NOTHING = "{% for m in messages %}{{ m.role }}:{{ m.content if m.content is string else '' }}{% endfor %}"
+PARTS_ALONE = (
+    "{% for m in messages %}{{ m.role }}:{% for p in m.content if p.type == 'image' %}{{ '<image>' + '\n' }}{% endfor %}"
+    "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}{% endfor %}"
+)
+WITHOUT_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.role }}:{{ m.content }}{% endfor %}"
+PARTS_WITHOUT_SYSTEM = PARTS_ALONE.replace("in messages", "in messages if m.role != 'system'")
+CHATS = {
+    "texts": [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Yes"}],
+    "parts": [
+        {"role": "user", "content": [text_part("Hi"), text_part(" there")]},
+        {"role": "assistant", "content": [text_part("Yes")]},
+    ],
+    "picture": [
+        {"role": "user", "content": [text_part("Hi"), {"type": "image"}, text_part(" there")]},
+        {"role": "assistant", "content": "Yes"},
+    ],
+}
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize(
+    "template",
+    [FIRST_PART, FIRST_PART_IN_SILENCE, TEXT, TRIMMED_TEXT, TEXT_OR_NOTHING, PARTS_ALONE, WITHOUT_SYSTEM, PARTS_WITHOUT_SYSTEM],
+    ids=["first part", "first part in silence", "text", "trimmed", "text or nothing", "parts", "no system", "parts, no system"],
+)  # fmt: skip
+def test_no_kind_of_template_loses_a_text_or_a_picture(processor: FilaProcessor, template: str, chat: str) -> None:
+    expected = f"user:{'<image>' + chr(10) if chat == 'picture' else ''}Hi thereassistant:Yes"
+    assert processor.apply_chat_template(CHATS[chat], chat_template=template) == expected
+    both = processor.apply_chat_template([CHATS[chat], CHATS["texts"]], chat_template=template)
+    assert both == [expected, "user:Hi thereassistant:Yes"]
+    system = [{"role": "system", "content": [text_part("Be brief.")]}, *CHATS[chat]]
+    start = "" if "!= 'system'" in template else "system:Be brief."  # what a template never says stays unsaid
+    assert processor.apply_chat_template(system, chat_template=template) == start + expected
+
+
+def test_a_template_that_must_lose_something_is_refused(processor: FilaProcessor) -> None:
+    """It reads system messages as text and questions by their first part: no one form serves both."""
+    template = (
+        "{% for m in messages %}{{ m.content if m.role == 'system' and m.content is string }}"
+        "{{ m.content[0].text if m.role == 'user' }}{% endfor %}"
+    )
+    chat = [{"role": "system", "content": [text_part("Be brief.")]}, {"role": "user", "content": "Hi"}]
+    with pytest.raises(ValueError, match="leaves some out"):
+        processor.apply_chat_template(chat, chat_template=template)
+
+
+def test_a_template_s_own_error_stays(processor: FilaProcessor) -> None:
+    template = "{{ raise_exception('Roles must alternate') }}"
+    with pytest.raises(TemplateError, match="Roles must alternate"):
+        processor.apply_chat_template(CHATS["texts"], chat_template=template)
+
+
+def test_messages_without_content_stay_without(processor: FilaProcessor) -> None:
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content + '!' if m.content else 'none' }}{% endfor %}"
+    chat = [{"role": "user", "content": [text_part("Hi")]}, {"role": "assistant"}, {"role": "assistant", "content": None}]
+    assert processor.apply_chat_template(chat, chat_template=template) == "user:Hi!assistant:noneassistant:none"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing import assert_close
 
-from fila import FilaForConditionalGeneration, FilaImageProcessor, FilaProcessor, preset
+from fila import FilaConfig, FilaForConditionalGeneration, FilaImageProcessor, FilaProcessor, preset
+from fila.configuration import NANO_CANVASES
 from recipes.nano.tokenizer import build_character_tokenizer
 from tests.model.conftest import open_gates
 from tests.model.test_modeling import picture
@@ -27,6 +28,22 @@ STEPS = [
     ([], [(64, 128), (192, 64)]),
     ([(64, 128)], []),
 ]
+
+
+def small() -> FilaConfig:
+    """Nano's geometry and tokens in narrow and shallow parts."""
+    narrow = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    return FilaConfig(
+        vision_config=dict(
+            vit_config=dict(**narrow, image_size=64, patch_size=8),
+            convnext_config=dict(hidden_sizes=[8, 16], depths=[2, 1], patch_size=8),
+            vision_feature_layer=-1,
+            image_grid_pinpoints=NANO_CANVASES,
+            high_res_size=128,
+        ),
+        text_config=dict(**narrow, vocab_size=102, max_position_embeddings=1024),
+        image_token_index=4,
+    )
 
 
 def batch_of(processor: FilaProcessor, sizes: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -58,8 +75,7 @@ def in_process(rank: int, folder: str, units: str, checkpointed: bool, low: bool
     )
     try:
         torch.manual_seed(0)
-        config = preset("fila-nano")
-        config.tie_word_embeddings = False
+        config = small()
         single = FilaForConditionalGeneration(config).train()
         open_gates(single)
         model = copy.deepcopy(single)
