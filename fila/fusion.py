@@ -18,7 +18,6 @@ Source: FILA (arXiv 2412.08378), section 3.3.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,21 +50,23 @@ def show_watcher(fusion: nn.Module, before: Tensor, after: Tensor) -> None:
         watcher(fusion, before, after)
 
 
-@dataclass(frozen=True)
 class ViewGroup:
     """The pictures of one canvas size.
 
-    Attributes:
+    It is no dataclass: sharding with mixed precision (FSDP2) would find the boxes in one and round them.
+
+    Args:
         images: positions in the batch of pictures.
         raster: height and width of their rasters, pixels.
         boxes: for each ConvNeXt stage, [T_group, 4] float32 boxes in cells of that stage's map.
         image_index: [T_group] int32, the picture of each view, by its position within the group.
     """
 
-    images: list[int]
-    raster: tuple[int, int]
-    boxes: list[Tensor]
-    image_index: Tensor
+    def __init__(self, images: list[int], raster: tuple[int, int], boxes: list[Tensor], image_index: Tensor):
+        self.images = images
+        self.raster = raster
+        self.boxes = boxes
+        self.image_index = image_index
 
 
 class Fusion(nn.Module):
@@ -85,7 +86,7 @@ class Fusion(nn.Module):
         """`fuse` for every group.
 
         One call serves all groups, since sharded weights are gathered at each call and processes differ in their
-        groups. Boxes stay inside `ViewGroup`, where mixed precision (FSDP2) does not round them.
+        groups.
         """
         fused = []
         for x, of_group, group in zip(tokens, maps, groups, strict=True):

@@ -12,7 +12,7 @@ turned by one matrix per slot, and of its place in the tile. Those tokens are th
 Shapes: V views, N patches a view, D the ViT's width, S slots a patch, K `NUM_CLASSES`.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -251,7 +251,7 @@ def without_global(group: ViewGroup) -> ViewGroup:
     image = group.image_index
     tiles = torch.cat([image.new_zeros(1), image[1:] - image[:-1]]) == 0
     tiles[0] = False
-    return replace(group, boxes=[box[tiles] for box in group.boxes], image_index=image[tiles])
+    return ViewGroup(group.images, group.raster, [box[tiles] for box in group.boxes], image[tiles])
 
 
 def dense_loss(logits: Tensor, labels: Tensor) -> Tensor:
