@@ -66,7 +66,9 @@ def fit(template: str, conversations: Sequence[Any], image_token: str, render: C
             prompts = render(probes, conversion + template)
         except Exception:  # templates raise nearly anything
             continue
-        missing = {mark for prompt, probe in zip(prompts, probes, strict=True) for mark in _lost(prompt, probe, image_token)}
+        missing = {
+            mark for prompt, probe in zip(prompts, probes, strict=True) for mark in _lost(prompt, probe, image_token)
+        }
         if not missing:
             return conversion + template
         lost[conversion] = missing
@@ -77,7 +79,9 @@ def fit(template: str, conversations: Sequence[Any], image_token: str, render: C
     for conversion, missing in lost.items():
         if missing == always:
             return conversion + template
-    raise ValueError("expected a chat template that takes every text and picture of the messages, got one that leaves some out")
+    raise ValueError(
+        "expected a chat template that takes every text and picture of the messages, got one that leaves some out"
+    )
 
 
 def _probe(conversation: Sequence[Any], number: int) -> list[Any]:

@@ -187,8 +187,8 @@ class FilaConfig(OwnedFields):
     """
 
     model_type = "fila"
-    # What `Trainer` leaves out of predictions: neither is a prediction.
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    # What `Trainer` leaves out of predictions, under all versions' names: none is a prediction.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
     attribute_map = {"image_token_id": "image_token_index"}
     sub_configs = {"text_config": AutoConfig, "vision_config": FilaVisionConfig}
 

@@ -7,7 +7,8 @@ returns the layer that is read as its last state. Arguments stand in LLaVA-NeXT'
 Source: FILA (arXiv 2412.08378), section 3.4; token order from LLaVA-NeXT.
 """
 
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from fila.vision import FilaVisionModel, loses_gradient
 
 # Arguments of one forward pass that stand for pictures.
 PICTURE_INPUTS = ("pixel_values", "image_sizes", "high_res_pixel_values", "mm_encoder_outputs")
+# What this version of transformers calls the keys and values of earlier tokens: up to 5.19 past_key_values.
+CACHE = "cache" if "cache" in inspect.signature(LlavaNextModel.forward).parameters else "past_key_values"
 # Arguments of the loss that no layer takes.
 LOSS_INPUTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
@@ -37,7 +40,8 @@ class FilaModelOutputWithPast(LlavaNextModelOutputWithPast):
     """Output of `FilaModel`.
 
     `image_hidden_states` [tokens of all pictures, text width]: the embeddings that took the placeholders' places, None
-    without a picture. The other fields are the language model's own.
+    without a picture. Newer versions of transformers have in its place `image_outputs`, all that `get_image_features`
+    returned. The other fields are the language model's own.
     """
 
 
@@ -169,6 +173,7 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
         use_cache: bool | None = None,
         mm_encoder_outputs: dict | None = None,
         high_res_pixel_values: Tensor | None = None,
+        cache=None,
         **kwargs,
     ) -> FilaModelOutputWithPast:
         """Runs the language model over text in which every image token has been replaced by its image feature.
@@ -180,7 +185,9 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
             input_ids: [batch, length]; each picture's placeholder already repeated `Layout.num_tokens` times.
             pixel_values, image_sizes, high_res_pixel_values: as in `get_image_features`.
             mm_encoder_outputs: `{"image": get_image_features(...)}`, where the pictures were encoded before.
+            cache: newer versions' name of `past_key_values`.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         image = (mm_encoder_outputs or {}).get("image")
@@ -196,7 +203,9 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
                 return_dict=True,
             )
         # Before the text is embedded, as with pictures: processes gather sharded weights in one order.
-        nothing = self._features_of_nothing() if image is None and self._others_encode_pictures(past_key_values) else None
+        nothing = (
+            self._features_of_nothing() if image is None and self._others_encode_pictures(past_key_values) else None
+        )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if image is not None:
@@ -213,14 +222,17 @@ class FilaModel(FilaPreTrainedModel, LlavaNextModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
+            **{CACHE: past_key_values},
             **kwargs,
         )
-        features = None if image is None else torch.cat(list(image.pooler_output))
-        result = FilaModelOutputWithPast(last_hidden_state=outputs.last_hidden_state, image_hidden_states=features)
+        result = FilaModelOutputWithPast(last_hidden_state=outputs.last_hidden_state)
+        if "image_outputs" in {field.name for field in fields(result)}:
+            result["image_outputs"] = image
+        elif image is not None:
+            result["image_hidden_states"] = torch.cat(list(image.pooler_output))
         return _carry(result, outputs)
 
     def _others_encode_pictures(self, past_key_values: Any) -> bool:
@@ -321,6 +333,7 @@ class FilaForConditionalGeneration(FilaPreTrainedModel, LlavaNextForConditionalG
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         high_res_pixel_values: Tensor | None = None,
+        cache=None,
         **kwargs,
     ) -> FilaCausalLMOutputWithPast:
         """Logits and, with `labels` [batch, length] (-100 where nothing is asked), the next-token loss.
@@ -335,7 +348,7 @@ class FilaForConditionalGeneration(FilaPreTrainedModel, LlavaNextForConditionalG
             image_sizes=image_sizes,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
@@ -398,7 +411,7 @@ class FilaForConditionalGeneration(FilaPreTrainedModel, LlavaNextForConditionalG
             image = self.model.get_image_features(**given, return_dict=True)
         mask, positions = kept.pop("attention_mask", None), kept.pop("position_ids", None)
         embeds = kept.pop("inputs_embeds", None)
-        cache = kept["past_key_values"]
+        cache = kept[CACHE]
         past = int(cache.get_seq_length())
         if embeds is None:
             # A mask of ones alone has been dropped; only its length is left.
@@ -425,10 +438,10 @@ class FilaForConditionalGeneration(FilaPreTrainedModel, LlavaNextForConditionalG
                 is_first_iteration=True,
                 attention_mask=None if mask is None else mask[:, : past + start + ids.shape[1]],
                 position_ids=None if positions is None else positions[..., part],
-                **{**kept, "past_key_values": cache},
+                **{**kept, CACHE: cache},
             )
             outputs = forward(**inputs, return_dict=True)
-            cache = outputs.past_key_values
+            cache = outputs[CACHE]
         return outputs
 
 

@@ -129,11 +129,14 @@ class FilaProcessor(LlavaNextProcessor):
         return super().prepare_inputs_layout(images=images, text=text, **kwargs)
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
-        """Compares the numbers of placeholders and images, per text where there is one list of images per text."""
+        """Compares the numbers of placeholders and images, per text where there is one list of images per text.
+
+        Newer versions of transformers count, too, but take no picture that has been read for one.
+        """
         if text is not None:
             self._check_placeholders(images, text)
-        images = None if images is None else list(flatten_images(images))
-        super().validate_inputs(images=images, text=text, **kwargs)
+        elif images is None:
+            raise ValueError("expected at least one input, a text or a picture, got none")
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         """The image processor's tensors, and for each picture the image tokens that its placeholder stands for."""

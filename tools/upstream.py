@@ -33,8 +33,8 @@ CHANGES = (
     "which upstream skips models of before 2023, LLaVA-NeXT not among them",
     "the mixins of tests/generation and tests/exporters are empty, since the source distribution lacks them: "
     "tests/model/test_generation.py and tests/model/test_export.py hold these contracts",
-    "test_reverse_loading_mapping and test_can_load_from_already_mapped_keys give FILA LLaVA-NeXT's older names of weights "
-    "to convert from, since it has none of its own",
+    "test_reverse_loading_mapping and test_can_load_from_already_mapped_keys give FILA LLaVA-NeXT's older names of "
+    "weights to convert from, since it has none of its own",
     "test_get_image_features_output_* compare no shape, for both models: features come per view and not per picture",
 )
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"

@@ -89,8 +89,11 @@ def test_hidden_states_and_attentions_by_argument_and_by_configuration(inputs):
 def test_image_hidden_states_are_what_took_the_placeholders_places(nano, inputs):
     out = nano(**inputs, output_hidden_states=True)
     image = nano.config.image_token_id
-    assert torch.equal(out.image_hidden_states, out.hidden_states[0][inputs["input_ids"] == image])
-    assert nano(input_ids=inputs["input_ids"][:, -5:]).image_hidden_states is None
+    newer = "image_outputs" in out
+    found = torch.cat(list(out.image_outputs.pooler_output)) if newer else out.image_hidden_states
+    assert torch.equal(found, out.hidden_states[0][inputs["input_ids"] == image])
+    without = nano(input_ids=inputs["input_ids"][:, -5:])
+    assert getattr(without, "image_outputs" if newer else "image_hidden_states") is None
 
 
 @torch.no_grad()
@@ -151,7 +154,10 @@ def test_arguments_stand_where_llava_next_has_them(ours, theirs):
         wanted = [p for p in inspect.signature(getattr(theirs, name)).parameters if p != "kwargs"]
         have = [p for p in inspect.signature(getattr(ours, name)).parameters if p != "kwargs"]
         wanted = [p for p in wanted if p != "output_hidden_states"]  # 5.17 names it, later versions have it in kwargs
-        own = ["high_res_pixel_values"] if "mm_encoder_outputs" in wanted or name != "forward" else have[-2:]
+        wanted = ["past_key_values" if p == "cache" else p for p in wanted]  # newer versions' name
+        own = ["high_res_pixel_values"] if name != "forward" else ["high_res_pixel_values", "cache"]
+        if name == "forward" and "mm_encoder_outputs" not in wanted:
+            own = ["mm_encoder_outputs", *own]
         assert have == wanted + own
 
 

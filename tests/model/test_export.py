@@ -49,8 +49,10 @@ def test_the_whole_model_exports_with_a_text_of_free_length(model, nano_processo
     batch = {**batch_of(nano_processor, [(64, 128), (128, 64)]), "use_cache": False}
     batch["image_sizes"] = batch["image_sizes"].tolist()
     length = torch.export.Dim("length", min=2, max=1000)
-    exported = program(model, batch, **dict.fromkeys(("input_ids", "attention_mask", "labels"), {1: length}))
-    longer = {name: torch.cat([batch[name], batch[name][:, -3:]], 1) for name in ("input_ids", "attention_mask", "labels")}
+    exported = program(model, batch, input_ids={1: length}, attention_mask={1: length}, labels={1: length})
+    longer = {
+        name: torch.cat([batch[name], batch[name][:, -3:]], 1) for name in ("input_ids", "attention_mask", "labels")
+    }
     for given in (batch, {**batch, **longer, "pixel_values": torch.randn_like(batch["pixel_values"])}):
         found, expected = exported(**given), model(**given)
         assert_close(found["logits"], expected.logits)
@@ -72,5 +74,5 @@ def test_the_whole_model_exports_for_any_number_of_texts(model):
 @torch.no_grad()
 def test_sizes_that_export_cannot_know_are_refused_by_name():
     tower = nano_vision()
-    with pytest.raises(ValueError, match="image_sizes as a list of numbers for torch.export"):
+    with pytest.raises(ValueError, match="image_sizes as a list of numbers"):
         torch.export.export(tower, (), pictures(tower, [(64, 128)]), strict=False)

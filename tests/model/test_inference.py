@@ -171,18 +171,24 @@ SMOLLM_2 = (
     "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-QWEN_3 = (
-    "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}"
-    "{%- set ns = namespace(last=messages|length - 1) %}{%- for message in messages[::-1] %}"
-    "{%- if message.role == 'user' and message.content is string and not message.content.startswith('<tool_response>') %}"
-    "{%- set ns.last = (messages|length - 1) - loop.index0 %}{%- endif %}{%- endfor %}"
-    "{%- for message in messages %}{%- if message.content is string %}{%- set content = message.content %}{%- else %}"
-    "{%- set content = '' %}{%- endif %}{%- if (message.role == 'user') or (message.role == 'system' and not loop.first) %}"
-    "{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}{%- elif message.role == 'assistant' %}"
-    "{{- '<|im_start|>assistant\n' + content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- if enable_thinking is defined and enable_thinking"
-    " is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
-)
+QWEN_3 = """
+{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}
+{%- set ns = namespace(last=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+{%- if message.role == 'user' and message.content is string and not message.content.startswith('<tool_response>') %}
+{%- set ns.last = (messages|length - 1) - loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+{%- if message.content is string %}{%- set content = message.content %}{%- else %}{%- set content = '' %}{%- endif %}
+{%- if (message.role == 'user') or (message.role == 'system' and not loop.first) %}
+{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}
+{%- elif message.role == 'assistant' %}
+{{- '<|im_start|>assistant\n' + content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}
+"""
 LLAMA_3_TURNS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 CHATML_TURNS = ("<|im_start|>", "<|im_end|>")
 QWENS_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."

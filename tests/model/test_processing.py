@@ -220,7 +220,8 @@ TRIMMED_TEXT = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] | trim }}
 # As Qwen3 and others: a content that is no string counts as none.
 TEXT_OR_NOTHING = "{% for m in messages %}{{ m.role }}:{{ m.content if m.content is string else '' }}{% endfor %}"
 PARTS_ALONE = (
-    "{% for m in messages %}{{ m.role }}:{% for p in m.content if p.type == 'image' %}{{ '<image>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ m.role }}:{% for p in m.content if p.type == 'image' %}{{ '<image>' + '\n' }}"
+    "{% endfor %}"
     "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}{% endfor %}"
 )
 WITHOUT_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.role }}:{{ m.content }}{% endfor %}"
@@ -241,9 +242,17 @@ CHATS = {
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize(
     "template",
-    [FIRST_PART, FIRST_PART_IN_SILENCE, TEXT, TRIMMED_TEXT, TEXT_OR_NOTHING, PARTS_ALONE, WITHOUT_SYSTEM, PARTS_WITHOUT_SYSTEM],
-    ids=["first part", "first part in silence", "text", "trimmed", "text or nothing", "parts", "no system", "parts, no system"],
-)  # fmt: skip
+    [
+        pytest.param(FIRST_PART, id="first part"),
+        pytest.param(FIRST_PART_IN_SILENCE, id="first part in silence"),
+        pytest.param(TEXT, id="text"),
+        pytest.param(TRIMMED_TEXT, id="trimmed"),
+        pytest.param(TEXT_OR_NOTHING, id="text or nothing"),
+        pytest.param(PARTS_ALONE, id="parts"),
+        pytest.param(WITHOUT_SYSTEM, id="no system"),
+        pytest.param(PARTS_WITHOUT_SYSTEM, id="parts, no system"),
+    ],
+)
 def test_no_kind_of_template_loses_a_text_or_a_picture(processor: FilaProcessor, template: str, chat: str) -> None:
     expected = f"user:{'<image>' + chr(10) if chat == 'picture' else ''}Hi thereassistant:Yes"
     assert processor.apply_chat_template(CHATS[chat], chat_template=template) == expected
@@ -273,7 +282,11 @@ def test_a_template_s_own_error_stays(processor: FilaProcessor) -> None:
 
 def test_messages_without_content_stay_without(processor: FilaProcessor) -> None:
     template = "{% for m in messages %}{{ m.role }}:{{ m.content + '!' if m.content else 'none' }}{% endfor %}"
-    chat = [{"role": "user", "content": [text_part("Hi")]}, {"role": "assistant"}, {"role": "assistant", "content": None}]
+    chat = [
+        {"role": "user", "content": [text_part("Hi")]},
+        {"role": "assistant"},
+        {"role": "assistant", "content": None},
+    ]
     assert processor.apply_chat_template(chat, chat_template=template) == "user:Hi!assistant:noneassistant:none"
 
 
