@@ -146,9 +146,9 @@ def resolve_files(name: str, folder: Path) -> Checkpoint:
     """
     found = Checkpoint(name, folder)
     for file in REQUIRED_FILES:
-        _resolve(found, file)
+        resolve(found, file)
     if (folder / WEIGHTS_INDEX).is_file():
-        index = _read_index(found)
+        index = read_index(found, WEIGHTS_INDEX, ".safetensors")
         files = sorted(set(index.values()))
     elif (folder / WEIGHTS).exists():
         index, files = None, [WEIGHTS]
@@ -162,25 +162,26 @@ def resolve_files(name: str, folder: Path) -> Checkpoint:
             f"got {shown(', '.join(foreign))} beside"
         )
     for file in known | {file for file in OPTIONAL_FILES if (folder / file).exists() or (folder / file).is_symlink()}:
-        _resolve(found, file)
+        resolve(found, file)
     return Checkpoint(name, folder, [folder / file for file in files], index)
 
 
-def _read_index(checkpoint: Checkpoint) -> dict[str, str]:
-    index = checkpoint.read_object(WEIGHTS_INDEX).get("weight_map")
+def read_index(checkpoint: Checkpoint, name: str, ending: str) -> dict[str, str]:
+    """The file of every tensor, out of an index; the files lie in the folder and have that ending."""
+    index = checkpoint.read_object(name).get("weight_map")
     if not isinstance(index, dict) or not index:
-        raise checkpoint.error(f"{WEIGHTS_INDEX} cannot be read: expected a weight_map of tensors and files")
+        raise checkpoint.error(f"{name} cannot be read: expected a weight_map of tensors and files")
     for file in index.values():
         if not isinstance(file, str):
-            raise checkpoint.error(f"{WEIGHTS_INDEX}: expected names of files, got {shown(repr(file))}")
-        if not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
+            raise checkpoint.error(f"{name}: expected names of files, got {shown(repr(file))}")
+        if not re.fullmatch(r"\w[\w.-]*" + re.escape(ending), file):
             raise checkpoint.error(
-                f"{WEIGHTS_INDEX}: expected names of safetensors files in the folder, got {shown(repr(file))}"
+                f"{name}: expected names of {ending[1:]} files in the folder, got {shown(repr(file))}"
             )
     return index
 
 
-def _resolve(checkpoint: Checkpoint, file: str) -> None:
+def resolve(checkpoint: Checkpoint, file: str) -> None:
     """Refuses a file that is missing or lies elsewhere."""
     folder = checkpoint.folder.resolve()
     # A folder of the hub's cache holds links to the blobs beside it.

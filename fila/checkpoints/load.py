@@ -1,13 +1,16 @@
 """Loads a checkpoint strictly: a folder becomes a model and its processor, complete or not at all."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
-from fila.checkpoints.check import locate
+from fila.checkpoints.check import Checkpoint, locate
 from fila.checkpoints.config import read_config, read_generation_config
 from fila.checkpoints.processor import read_processor
 from fila.checkpoints.weights import build_empty, compare, open_tensors, read_weights, stored_dtype
+from fila.configuration import FilaConfig
 from fila.errors import memory_for
 from fila.modeling import FilaForConditionalGeneration
 from fila.processing import FilaProcessor
@@ -42,16 +45,25 @@ def load(
     dispatch.resolve(backend)
     checkpoint = locate(path)
     with memory_for("the model"), open_tensors(checkpoint) as tensors:
-        config = read_config(checkpoint, len(tensors))
-        generation_config = read_generation_config(checkpoint)
-        compare(checkpoint, build_empty(checkpoint, config, len(tensors)), tensors)
-        processor = read_processor(checkpoint, config)
+        config, generation_config, processor = check(checkpoint, tensors)
         model = read_weights(checkpoint, config, tensors, chosen_dtype or stored_dtype(config, tensors))
         if generation_config is not None:
             model.generation_config = generation_config
         for fusion in model.model.vision_tower.fusion:
             fusion.use_backend(backend)
         return model.to(chosen_device).eval(), processor
+
+
+def check(checkpoint: Checkpoint, tensors: dict[str, Any]) -> tuple[FilaConfig, GenerationConfig | None, FilaProcessor]:
+    """Refuses a checkpoint whose files do not fit each other; reads everything but the numbers.
+
+    Args:
+        tensors: of the checkpoint, as `open_tensors` gives them; without tied ones afterwards.
+    """
+    config = read_config(checkpoint, len(tensors))
+    generation_config = read_generation_config(checkpoint)
+    compare(checkpoint, build_empty(checkpoint, config, len(tensors)), tensors)
+    return config, generation_config, read_processor(checkpoint, config)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from fila.checkpoints.check import CHAT_TEMPLATE, OPTIONAL_FILES, Checkpoint, CheckpointError, shown
+from fila.checkpoints.check import CHAT_TEMPLATE, OPTIONAL_FILES, Checkpoint, shown
 from fila.checkpoints.config import IGNORED, LEADING_ELSEWHERE
 from fila.checkpoints.quiet import quiet
 from fila.configuration import FilaConfig
@@ -26,13 +26,11 @@ def read_processor(checkpoint: Checkpoint, config: FilaConfig) -> FilaProcessor:
         CheckpointError: it cannot be made, or does not fit the configuration.
     """
     settings = _processor_settings(checkpoint)
-    tokenizer_settings = _tokenizer_settings(checkpoint)
+    tokenizer = read_tokenizer(checkpoint)
     template = checkpoint.read_text(CHAT_TEMPLATE) if checkpoint.has(CHAT_TEMPLATE) else None
     try:
         with quiet():
             images = FilaImageProcessor(**settings["image_processor"])
-            kind = _tokenizer_class(checkpoint, tokenizer_settings.get("tokenizer_class"))
-            tokenizer = kind.from_pretrained(str(checkpoint.folder), local_files_only=True)
             processor = FilaProcessor(
                 images,
                 tokenizer,
@@ -42,9 +40,7 @@ def read_processor(checkpoint: Checkpoint, config: FilaConfig) -> FilaProcessor:
             message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
             prompt = processor.apply_chat_template([message], add_generation_prompt=True)
             placeholders = prompt.count(processor.image_token)
-    except CheckpointError:
-        raise
-    except Exception as error:  # tokenizer files have many ways of being wrong
+    except Exception as error:  # settings and templates have many ways of being wrong
         if is_out_of_memory(error):
             raise
         raise checkpoint.error(f"its processor cannot be made: {shown(one_line(error))}") from error
@@ -118,6 +114,22 @@ def _processor_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     if faults:
         raise checkpoint.error(*faults)
     return found | {"image_processor": images}
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint, or of a language model; one of transformers' fast ones.
+
+    Raises:
+        CheckpointError: it cannot be made, or needs code or other files.
+    """
+    kind = _tokenizer_class(checkpoint, _tokenizer_settings(checkpoint).get("tokenizer_class"))
+    try:
+        with quiet():
+            return kind.from_pretrained(str(checkpoint.folder), local_files_only=True)
+    except Exception as error:  # tokenizer files have many ways of being wrong
+        if is_out_of_memory(error):
+            raise
+        raise checkpoint.error(f"its tokenizer cannot be made: {shown(one_line(error))}") from error
 
 
 def _tokenizer_settings(checkpoint: Checkpoint) -> dict[str, Any]:

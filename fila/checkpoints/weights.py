@@ -7,7 +7,7 @@ their open files, so that nothing is looked up a second time.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -38,8 +38,13 @@ class TooManyParameters(ValueError):
 
 
 @contextmanager
-def open_tensors(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+def open_tensors(
+    checkpoint: Checkpoint, dtypes: Collection[str] | None = tuple(STORED_DTYPES)
+) -> Iterator[dict[str, Any]]:
     """The tensors of a checkpoint by name, as `safetensors` slices that are read when asked for.
+
+    Args:
+        dtypes: that may be stored, by safetensors' names; None for any.
 
     Raises:
         CheckpointError: a file is damaged, a dtype cannot be used, or files and index disagree on where a tensor is.
@@ -58,9 +63,9 @@ def open_tensors(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
                     f"expected a complete safetensors file {path.name}, got: {shown(one_line(error))}"
                 ) from error
         faults = [
-            f"tensor {shown(name)}: expected dtype {', '.join(STORED_DTYPES)}, got {tensor.get_dtype()}"
-            for name, tensor in sorted(tensors.items())
-            if tensor.get_dtype() not in STORED_DTYPES
+            f"tensor {shown(name)}: expected dtype {', '.join(dtypes)}, got {tensor.get_dtype()}"
+            for name, tensor in (sorted(tensors.items()) if dtypes is not None else ())
+            if tensor.get_dtype() not in dtypes
         ]
         if checkpoint.index is not None:
             faults += [
@@ -122,10 +127,10 @@ def compare(checkpoint: Checkpoint, model: FilaForConditionalGeneration, tensors
     stored = {name: tensor.get_shape() for name, tensor in tensors.items()}
     tied = model.all_tied_weights_keys
     own = model.state_dict()
-    faults = _differences(own, stored, tied)
+    faults = differences(own, stored, tied)
     if faults:
         # Some language models are stored under other names, by which transformers finds them again.
-        faults = min(faults, _differences(revert_weight_conversion(model, dict(own)), stored, tied), key=len)
+        faults = min(faults, differences(revert_weight_conversion(model, dict(own)), stored, tied), key=len)
     numbers = sum(tensor.numel() for tensor in own.values()) + SLACK_NUMBERS
     faults += [
         f"{name}: expected a table that fits the weights, got one of {list(buffer.shape)}"
@@ -142,11 +147,11 @@ def compare(checkpoint: Checkpoint, model: FilaForConditionalGeneration, tensors
         raise checkpoint.error(*faults)
 
 
-def _differences(
-    wanted: Mapping[str, torch.Tensor], stored: Mapping[str, list[int]], tied: dict[str, str]
+def differences(
+    wanted: Mapping[str, torch.Tensor], stored: Mapping[str, Sequence[int]], tied: Mapping[str, str]
 ) -> list[str]:
     """The tensors that are misshaped, missing or unexpected."""
-    either = tied | {source: name for name, source in tied.items()}
+    either = {**tied} | {source: name for name, source in tied.items()}
     found = [
         f"tensor {name}: expected shape {list(wanted[name].shape)}, got {list(shape)}"
         for name, shape in sorted(stored.items())
@@ -194,7 +199,7 @@ def read_weights(
             raise
         raise checkpoint.error(f"its weights cannot be read: {shown(one_line(error))}") from error
     faults = [f"tensor {name}: expected it loaded, got it {kind}" for kind, names in _left(info) for name in names]
-    faults += [] if faults else _not_finite(model)
+    faults += [] if faults else not_finite(model.named_parameters())
     if faults:
         raise checkpoint.error(*faults)
     model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
@@ -207,10 +212,11 @@ def _left(info: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 
 @torch.no_grad()
-def _not_finite(model: nn.Module) -> list[str]:
+def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """The tensors that hold NaN or infinity."""
     return [
         f"tensor {name}: expected finite numbers in {tensor.dtype}, got NaN or infinity"
-        for name, tensor in model.named_parameters()
+        for name, tensor in tensors
         # One pass and no copy: both NaN and infinity reach the extremes.
         if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all()
     ]
