@@ -1,4 +1,4 @@
-"""Runs the commands `fila ask` and `fila info`.
+"""Runs the commands `fila ask`, `fila assemble` and `fila info`.
 
 Exit codes: 0, everything was answered; 2, something was not, with one line on stderr that says what was expected and
 what came; 130 after Ctrl-C; 141 if the reader of the output has gone.
@@ -29,6 +29,10 @@ QUESTION_HELP = """\
 The question comes last and is asked of each picture by itself. `-` reads a picture from standard input. Behind `--` all
 words are pictures and the question, also those that begin with a dash. A picture that cannot be used does not stop the
 others."""
+ASSEMBLE_HELP = """\
+Sources are local folders of safetensors, as their libraries write them, and are never written to. Every tensor is
+copied bit for bit, initialised or left on purpose; whatever does not fit is named before anything is written. OUT gets
+its name when it is complete; after an interruption the same command goes on."""
 # Of a file on its device: the same for every name that it has.
 Identity = tuple[int, int]
 
@@ -69,12 +73,23 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     ask.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     ask.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N", help="longest answer (default: 32)")
 
+    assemble = commands.add_parser(
+        "assemble", help="make a checkpoint of trained models: a ViT, a ConvNeXt and a language model, or a LLaVA-NeXT",
+        description="Assemble a checkpoint from a LLaVA-NeXT and a ConvNeXt, or from a ViT, a ConvNeXt and a language "
+        "model.", epilog=ASSEMBLE_HELP,
+    )  # fmt: skip
+    assemble.add_argument("--from-llava-next", metavar="FOLDER", help="LLaVA-NeXT of transformers, projector included")
+    assemble.add_argument("--vit", metavar="FOLDER", help="CLIP vision tower of transformers or open_clip")
+    assemble.add_argument("--llm", metavar="FOLDER", help="causal language model of transformers, with its tokenizer")
+    assemble.add_argument("--convnext", metavar="FOLDER", required=True, help="of open_clip, timm or transformers")
+    assemble.add_argument("--out", metavar="OUT", required=True, help="the new folder")
+
     info = commands.add_parser(
         "info", help="versions, devices, and each backend with the reason why it is used or not",
         description="What this installation can do, and why.",
     )  # fmt: skip
     info.add_argument("--json", action="store_true", help="print JSON")
-    return parser, {"ask": ask, "info": info}
+    return parser, {"ask": ask, "assemble": assemble, "info": info}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,8 +130,21 @@ def _run(arguments: list[str]) -> int:
         options.words += words
         return _ask(options)
     if words:
-        raise _UsageError(f"expected no words behind --, got {words} (see fila info --help)")
-    return _info(options)
+        raise _UsageError(f"expected no words behind --, got {words} (see fila {arguments[0]} --help)")
+    return _assemble(options) if arguments[0] == "assemble" else _info(options)
+
+
+def _assemble(options: argparse.Namespace) -> int:
+    from fila.checkpoints.assemble import assemble
+
+    manifest = assemble(
+        options.out, convnext=options.convnext, vit=options.vit, llm=options.llm, llava_next=options.from_llava_next
+    )
+    for role, source in manifest["sources"].items():
+        counts = f"{source['copied']} tensors copied, {len(source['left'])} left ({source['layout']})"
+        streams.write(printable(f"{role}: {source['folder']}, {counts}"))
+    streams.write(f"new: {len(manifest['new'])} tensors, to be trained")
+    return 0
 
 
 def _info(options: argparse.Namespace) -> int:

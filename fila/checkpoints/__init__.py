@@ -1,1 +1,1 @@
-"""Loads and checks checkpoints; a *checkpoint* is weights and their configuration in a folder."""
+"""Loads, checks and assembles checkpoints; a *checkpoint* is weights and their configuration in a folder."""

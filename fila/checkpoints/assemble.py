@@ -10,6 +10,7 @@ Source: FILA (arXiv 2412.08378), section 3.4; sizes and token order from LLaVA-N
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,27 +95,28 @@ def assemble(
             folder cannot be written. Sources are never written to.
         ValueError: neither or both of `llava_next` and the pair `vit`, `llm`.
     """
-    if (llava_next is None) == (vit is None and llm is None) or (vit is None) != (llm is None):
-        raise ValueError("expected either a LLaVA-NeXT, or a ViT and a language model, beside the ConvNeXt")
     target = Checkpoint(str(out), Path(out))
     with memory_for("a checkpoint's tensors"):
-        tower = find_source("convnext", convnext, CONVNEXT)
-        if llava_next is not None:
-            whole = find_source("llava-next", llava_next, LLAVA_NEXT)
-            design, sources = _design_of_llava_next(target, whole, tower), [whole, tower]
-        else:
-            assert vit is not None
-            assert llm is not None
+        if llava_next is not None and vit is None and llm is None:
+            sources = [find_source("llava-next", llava_next, LLAVA_NEXT), find_source("convnext", convnext, CONVNEXT)]
+            design = _design_of_llava_next(target, *sources)
+        elif llava_next is None and vit is not None and llm is not None:
             text = text_config(find_folder("llm", llm))
-            sources = [find_source("vit", vit, VIT), tower, find_source("llm", llm, [text_names(text)])]
-            design = _design_of_three(target, *sources, text)
+            sources = [
+                find_source("vit", vit, VIT),
+                find_source("convnext", convnext, CONVNEXT),
+                find_source("llm", llm, [text_names(text)]),
+            ]
+            design = _design_of_three(target, text, *sources)
+        else:
+            raise ValueError("expected either a LLaVA-NeXT, or a ViT and a language model, beside the ConvNeXt")
         vision = design.config.vision_config
         unread = vision.num_vit_layers, vision.vit_config.num_hidden_layers
         sources = [replace(source, key_map=source.key_map.without_layers(*unread)) for source in sources]
         return _write(target, design, sources, shard_bytes)
 
 
-def _design_of_three(target: Checkpoint, vit: Source, convnext: Source, llm: Source, text: Any) -> Design:
+def _design_of_three(target: Checkpoint, text: Any, vit: Source, convnext: Source, llm: Source) -> Design:
     tower = vit_config(vit)
     tile = tower.image_size
     vision = dict(vit_config=tower, image_grid_pinpoints=[[rows * tile, columns * tile] for rows, columns in CANVASES])
@@ -211,14 +213,14 @@ def _write(target: Checkpoint, design: Design, sources: Sequence[Source], shard_
         shards = lay_out(pieces, new, sources, shard_bytes)
         bar.set_description("write")
         with unfinished(target.folder, _manifest(design, sources, hashes, fresh)) as (folder, manifest):
-            index = {}
+            index: dict[str, str] = {}
             for i, shard in enumerate(shards, 1):
                 name = f"model-{i:05}-of-{len(shards):05}.safetensors"
                 index |= {piece.target: name for piece in shard.pieces}
                 if is_finished(folder, manifest, name):
                     bar.update(shard.num_bytes)
-                    continue
-                finish(folder, manifest, name, lambda file, shard=shard: _write_shard(file, shard, new, bar.update))
+                else:
+                    finish(folder, manifest, name, partial(_write_shard, shard, new, bar.update))
             _write_settings(folder, design, index, sum(shard.num_bytes for shard in shards))
             checkpoint = locate(folder)
             with open_tensors(checkpoint) as tensors:
@@ -236,6 +238,7 @@ def _manifest(
             "folder": source.files.folder.resolve().name,
             "layout": source.key_map.layout,
             "files": hashes[source.role],
+            "copied": sum(bool(source.key_map.targets(name)) for name in source.headers),
             "left": sorted(filter(source.key_map.leaves, source.headers)),
         }
         for source in sources
@@ -243,7 +246,7 @@ def _manifest(
     return {"sources": entries, "vocabulary": design.vocabulary, "new": sorted(fresh)}
 
 
-def _write_shard(file: Any, shard: Shard, new: dict[str, Tensor], progress: Any) -> None:
+def _write_shard(shard: Shard, new: dict[str, Tensor], progress: Any, file: Any) -> None:
     if shard.source is None or shard.path is None:
         write_safetensors(file, shard.pieces, lambda piece: [new[piece.target]], progress)
         return

@@ -34,7 +34,7 @@ def export_tower(path: str | Path, role: str) -> dict[str, Tensor]:
     with open_tensors(checkpoint) as tensors:
         config = read_config(checkpoint, len(tensors))
         known = {layout.layout: layout for layout in (*VIT, *CONVNEXT, *LLAVA_NEXT, text_names(config.text_config))}
-        key_map = known.get(entry.get("layout")) if isinstance(entry, dict) else None
+        key_map = known.get(str(entry.get("layout"))) if isinstance(entry, dict) else None
         if key_map is None:
             raise checkpoint.error(
                 f"{MANIFEST}: expected a source {role} of a known layout, got {shown(repr(sources))}"

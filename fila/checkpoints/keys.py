@@ -1,8 +1,8 @@
 """Names the tensors of the models that a checkpoint is assembled from: one table from a source's names to FILA's each.
 
-A table is all that is known of a layout. In its names `{rest}` stands for anything and every other `{word}` for what lies
-between two dots, the same on both sides. A source name with several FILA names is a fused tensor: its rows are theirs, in
-equal parts. Each table is read in both directions: to assemble a checkpoint, and to take a tower out again.
+A table is all that is known of a layout. In its names `{rest}` stands for anything and every other `{word}` for what
+lies between two dots, the same on both sides. A source name with several FILA names is a fused tensor: its rows are
+theirs, in equal parts. Tables are read in both directions: to assemble a checkpoint, and to take a tower out again.
 
 To read another layout, write its `KeyMap` and enter it in `VIT`, `CONVNEXT` or `LLAVA_NEXT`.
 """

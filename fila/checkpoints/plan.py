@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from fila.checkpoints.keys import FUSION, HEAD, NEWLINE, PROJECTOR, KeyMap
@@ -152,17 +152,24 @@ def lay_out(
     shards = []
     for source in sources:
         for path in source.files.weights:
-            held: list[Piece] = []
             names = [name for name, header in source.headers.items() if header.file == path.name]
-            for piece in (pieces[target] for name in names for target in source.key_map.targets(name)):
-                if held and sum(one.num_bytes for one in held) + piece.num_bytes > shard_bytes:
-                    shards.append(Shard(tuple(held), source, path))
-                    held = []
-                held.append(piece)
-            shards += [Shard(tuple(held), source, path)] if held else []
+            held = [pieces[target] for name in names for target in source.key_map.targets(name)]
+            shards += [Shard(tuple(part), source, path) for part in _packed(held, shard_bytes)]
     names_of = {dtype: name for name, dtype in STORED_DTYPES.items()}
-    new = [Piece(name, tuple(tensor.shape), names_of[tensor.dtype], name) for name, tensor in fresh.items()]
-    return [*shards, *([Shard(tuple(new))] if new else [])]
+    new = [Piece(name, tuple(tensor.shape), names_of[tensor.dtype]) for name, tensor in fresh.items()]
+    return shards + [Shard(tuple(part)) for part in _packed(new, shard_bytes)]
+
+
+def _packed(pieces: Sequence[Piece], most: int) -> Iterator[list[Piece]]:
+    """Pieces in order, in groups of at most so many bytes or of one."""
+    held: list[Piece] = []
+    for piece in pieces:
+        if held and sum(one.num_bytes for one in held) + piece.num_bytes > most:
+            yield held
+            held = []
+        held.append(piece)
+    if held:
+        yield held
 
 
 @torch.no_grad()
@@ -176,6 +183,6 @@ def initialise(model: FilaForConditionalGeneration, names: Sequence[str], dtype:
         for module in modules:
             module.to_empty(device="cpu", recurse=False)
         for module in modules:
-            inner: nn.Module = tower if any(module is one for one in tower.modules()) else model
+            inner: Any = tower if any(module is one for one in tower.modules()) else model
             inner._init_weights(module)
     return {name: model.get_parameter(name).detach().to(dtype) for name in names}

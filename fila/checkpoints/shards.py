@@ -142,6 +142,6 @@ def write_safetensors(
     for piece in pieces:
         written = 0
         for tensor in read(piece):
-            written += file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            written += file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         assert written == piece.num_bytes, f"{piece.target}: {written} bytes of {piece.num_bytes}"
         progress(written)

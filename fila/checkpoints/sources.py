@@ -240,7 +240,8 @@ def clip_vision(files: Checkpoint, settings: Mapping[str, Any]) -> CLIPVisionCon
 
 def _open_clip_vit(files: Checkpoint) -> CLIPVisionConfig:
     model = files.read_object(OPEN_CLIP_SETTINGS).get("model_cfg")
-    vision = model.get("vision_cfg") if isinstance(model, dict) else None
+    model = model if isinstance(model, dict) else {}
+    vision = model.get("vision_cfg")
     if not isinstance(vision, dict) or not {"image_size", "layers", "width", "patch_size"} <= set(vision):
         raise files.error(
             f"{OPEN_CLIP_SETTINGS}: expected model_cfg.vision_cfg with image_size, layers, width, patch_size"
@@ -269,7 +270,7 @@ def convnext_config(source: Source) -> ConvNextConfig:
     Raises:
         CheckpointError: another model, another activation, or tensors of other widths or depths than it names.
     """
-    files, named = source.files, {}
+    files, named = source.files, dict[str, Any]()
     if source.key_map.layout.endswith("transformers"):
         settings = files.read_object("config.json")
         _model_type(files, settings, "convnext")

@@ -63,9 +63,9 @@ def open_tensors(
                     f"expected a complete safetensors file {path.name}, got: {shown(one_line(error))}"
                 ) from error
         faults = [
-            f"tensor {shown(name)}: expected dtype {', '.join(dtypes)}, got {tensor.get_dtype()}"
-            for name, tensor in (sorted(tensors.items()) if dtypes is not None else ())
-            if tensor.get_dtype() not in dtypes
+            f"tensor {shown(name)}: expected dtype {', '.join(dtypes or ())}, got {tensor.get_dtype()}"
+            for name, tensor in sorted(tensors.items())
+            if dtypes is not None and tensor.get_dtype() not in dtypes
         ]
         if checkpoint.index is not None:
             faults += [

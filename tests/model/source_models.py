@@ -84,8 +84,8 @@ def _mistral_tokenizer() -> LlamaTokenizer:
     return found
 
 
-# For each language model: classes, tokenizer, what differs in the configuration, and how many rows its vocabulary has to
-# spare. Real ones differ in the same ways: heads tied or not, biases, norms on queries and keys, spare rows.
+# For each language model: classes, tokenizer, what differs in the configuration, and the spare rows of its vocabulary.
+# Real ones differ in the same ways: heads tied or not, biases, norms on queries and keys, spare rows.
 LANGUAGE_MODELS = {
     "llama3": (LlamaConfig, LlamaForCausalLM, _llama3_tokenizer, dict(bos_token_id=0, eos_token_id=1), 0),
     "qwen2.5": (

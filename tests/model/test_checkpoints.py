@@ -158,7 +158,7 @@ def test_a_tokenizer_for_another_model(copy):
         ("config.json", '{"model_type": "fila", "x": NaN}', "expected finite numbers, got NaN"),
         ("config.json", '{"model_type": "fila", "x": 1e999}', "expected finite numbers, got 1e999"),
         ("config.json", '{"a":' * 100000, "config.json cannot be read"),
-        ("tokenizer.json", "{}", "its processor cannot be made"),
+        ("tokenizer.json", "{}", "its tokenizer cannot be made"),
         (WEIGHTS_INDEX, '{"weight_map": {"a": 5}}', "expected names of files, got 5"),
     ],
 )
