@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from fila import startup, streams
-from fila.errors import memory_for, one_line, printable
+from fila.errors import memory_for, one_line, panics_as_errors, printable
 from fila.startup import INTERRUPTED
 
 PACKAGES = ("fila", "transformers", "tokenizers", "safetensors", "pillow")
@@ -199,6 +199,7 @@ def _ask(options: argparse.Namespace) -> int:
     if not options.words:
         raise _UsageError("expected at least one picture and then a question, got none")
     *pictures, question = options.words
+    question = _as_utf8(question)
     _check_words(pictures, question)
     sources = _identities(pictures)
     targets = _explain_paths(options.explain, len(pictures), sources)
@@ -224,6 +225,14 @@ def _ask(options: argparse.Namespace) -> int:
             several = len(pictures) > 1
             streams.write(f"{name}: {printable(record['text'])}" if several else printable(record["text"], "\n\t"))
     return code
+
+
+def _as_utf8(text: str) -> str:
+    """An argument as its bytes are read in UTF-8, where the locale's encoding could not read them."""
+    try:
+        return os.fsencode(text).decode() if any("\ud800" <= c <= "\udfff" for c in text) else text
+    except UnicodeError:
+        return text
 
 
 def _shown(picture: str) -> str:
@@ -294,7 +303,7 @@ def _load(options: argparse.Namespace, question: str) -> tuple[Any, Any]:
     from fila_kernels import dispatch
 
     dispatch.resolve(options.backend)
-    with memory_for("the model"):
+    with memory_for("the model"), panics_as_errors(), streams.without_libraries():
         model, processor = load(options.model, device=options.device, dtype=options.dtype, backend=options.backend)
     check_question(processor, question)
     return model, processor
@@ -314,7 +323,7 @@ def _answer(
     from fila import inference, visualize
     from fila.images import read_picture
 
-    with memory_for(f"{name} and its answer"):
+    with memory_for(f"{name} and its answer"), panics_as_errors(), streams.without_libraries():
         # Read once, for the model and for the drawing.
         read = read_picture(_source(picture), max_side=processor.image_processor.max_image_side, name=name)
         with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Defines the errors about pictures, puts any error into one line, and recognises running out of memory."""
+"""Defines the errors about pictures, puts any error into one line, and recognises foreign code's ways of failing."""
 
 import errno
 import unicodedata
@@ -8,10 +8,12 @@ from contextlib import contextmanager
 import torch
 
 # Allocators' own words, in lower case: torch has an error class for accelerators only, and not for every way of running
-# out. "bad_alloc" is what C++ says, in the native operation; the last is oneDNN's.
+# out. "bad_alloc" is what C++ says, in the native operation; "could not create a memory" is oneDNN's. The last is
+# torch's C interface there, which does not say why a call with arguments that were checked has failed.
 OUT_OF_MEMORY = (
     "defaultcpuallocator", "out of memory", "alloc_failed", "outofmemory", "memoryallocation", "bad_alloc",
     "bad_array_new_length", "cannot allocate memory", "not enough memory", "could not create a memory",
+    "api call failed",
 )  # fmt: skip
 LINE_BREAKS_AND_DIRECTIONS = "\u2028\u2029\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
@@ -81,3 +83,14 @@ def memory_for(what: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise MemoryError(f"expected enough memory for {what}, got: {one_line(error)}") from error
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raises `RuntimeError` where Rust code (tokenizers, safetensors) panics, which is no `Exception` otherwise."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a class that cannot be imported
+            raise
+        raise RuntimeError(one_line(error)) from error

@@ -7,6 +7,7 @@ written is an `OutputError`; a message that cannot be written is lost, since the
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -72,6 +73,25 @@ def say(line: str) -> None:
         _let_go(sys.stderr)
 
 
+@contextlib.contextmanager
+def without_libraries() -> Iterator[None]:
+    """Discards what native libraries write to standard error by themselves, as libtiff does about damaged files.
+
+    Their faults arrive as exceptions, and get their one line. Nothing of ours is written meanwhile.
+    """
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed, or no descriptor left
+        yield
+        return
+    try:
+        _discard(2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _output_error(error: Exception) -> OutputError:
     _let_go(sys.stdout)
     if isinstance(error, BrokenPipeError):
@@ -89,6 +109,11 @@ def _encodable(text: str, stream: Any) -> str:
 def _let_go(stream: Any) -> None:
     """Discards what the stream still holds; else Python complains when it ends, and changes the exit code."""
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        _discard(stream.fileno())
+
+
+def _discard(descriptor: int) -> None:
+    """What is written to the descriptor goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

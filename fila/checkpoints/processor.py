@@ -11,8 +11,9 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from fila.checkpoints.check import CHAT_TEMPLATE, OPTIONAL_FILES, Checkpoint, shown
 from fila.checkpoints.config import IGNORED, LEADING_ELSEWHERE
 from fila.checkpoints.quiet import quiet
+from fila.checkpoints.template import check_template, limited_time
 from fila.configuration import FilaConfig
-from fila.errors import is_out_of_memory, one_line
+from fila.errors import is_out_of_memory, one_line, panics_as_errors
 from fila.image_processing import FilaImageProcessor
 from fila.processing import IMAGE_TOKEN, FilaProcessor
 
@@ -28,17 +29,21 @@ def read_processor(checkpoint: Checkpoint, config: FilaConfig) -> FilaProcessor:
     settings = _processor_settings(checkpoint)
     tokenizer = read_tokenizer(checkpoint)
     template = checkpoint.read_text(CHAT_TEMPLATE) if checkpoint.has(CHAT_TEMPLATE) else None
+    template = template or settings.get("chat_template")
+    for text in (template, tokenizer_settings.get("chat_template")):
+        check_template(checkpoint, text)
     try:
-        with quiet():
+        with quiet(), panics_as_errors():
             images = FilaImageProcessor(**settings["image_processor"])
             processor = FilaProcessor(
                 images,
                 tokenizer,
-                chat_template=template or settings.get("chat_template"),
+                chat_template=template,
                 image_token=settings.get("image_token", IMAGE_TOKEN),
             )
             message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
-            prompt = processor.apply_chat_template([message], add_generation_prompt=True)
+            with limited_time(checkpoint):
+                prompt = processor.apply_chat_template([message], add_generation_prompt=True)
             placeholders = prompt.count(processor.image_token)
     except Exception as error:  # settings and templates have many ways of being wrong
         if is_out_of_memory(error):

@@ -77,6 +77,8 @@ def identity(path: Path) -> str:
 
 def read(path: Path) -> dict[str, Any]:
     """A whole and finite checkpoint; what it holds is compared by `check_weights` and `restore`."""
+    if path.exists() and not path.is_file():
+        raise RunError(f"{path}: expected a plain file")
     try:
         with zipfile.ZipFile(path) as archive:  # torch reads without looking at the checksums
             damaged = archive.testzip()
@@ -136,19 +138,19 @@ def restore(
         return 0
     try:
         saved = read(path)
-        _check_settings(saved.get("settings"), settings, path)
-        check_weights(saved["learning"], learning, path)
-        check_weights(saved["average"], average, path)
-        step = saved["step"]
-        if not isinstance(step, int) or not 0 < step <= settings["steps"]:
-            raise RunError(f"{path}: expected a step from 1 to {settings['steps']}, got {step!r}")
-        if len(saved["optimizers"]) != len(optimizers) or not all(map(_fits, saved["optimizers"], optimizers)):
-            raise RunError(f"{path}: the state of other optimisers than this stage's")
     except RunError as error:
         spare = _previous(path)
         if not spare.exists():
             raise
         raise RunError(f"{error}; the save before it, {spare.name}, takes its place when renamed by hand") from error
+    _check_settings(saved.get("settings"), settings, path)
+    check_weights(saved["learning"], learning, path)
+    check_weights(saved["average"], average, path)
+    step = saved["step"]
+    if not isinstance(step, int) or not 0 < step <= settings["steps"]:
+        raise RunError(f"{path}: expected a step from 1 to {settings['steps']}, got {step!r}")
+    if len(saved["optimizers"]) != len(optimizers) or not all(map(_fits, saved["optimizers"], optimizers)):
+        raise RunError(f"{path}: the state of other optimisers than this stage's")
     with torch.no_grad():
         for name, parameter in learning.items():
             parameter.copy_(saved["learning"][name])
@@ -204,10 +206,15 @@ def _previous(path: Path) -> Path:
 def _write(path: Path, write: Callable[[BinaryIO], Any], spare: Path | None = None) -> None:
     """Writes a file beside `path`, flushes it to the disk and renames it; the old one gets the name `spare`."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's own, while it handles that the disk is full
+        temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise RunError(f"{path}: cannot be written: {getattr(cause, 'strerror', None) or cause}") from error
     if spare and path.exists():
         spare.unlink(missing_ok=True)
         os.link(path, spare)

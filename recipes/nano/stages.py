@@ -137,13 +137,18 @@ class GridText(nn.Module):
 
 
 class Trainee(nn.Module):
-    """The model with the helpers that only training needs; returns one stage's losses for a batch."""
+    """The model with the helpers that only training needs; returns one stage's losses for a batch.
+
+    Attributes:
+        has_target: whether `grid_text` has learned the tokens that the loss "grid" aims at; without, it is left out.
+    """
 
     def __init__(self, model: FilaForConditionalGeneration):
         super().__init__()
         self.model, self.lm_head = model.model, model.lm_head
         self.heads = CharacterHeads(model.config)
         self.grid_text = GridText(model.config)
+        self.has_target = True
         self._export = [model]  # in a list, so that its parameters are not registered twice
 
     @property
@@ -151,10 +156,13 @@ class Trainee(nn.Module):
         """The model alone, as users load it."""
         return self._export[0]
 
-    def freeze(self, stage: Stage) -> None:
-        """Leaves gradients on for what the stage trains, off for the rest."""
+    def freeze(self, stage: Stage, frozen: tuple[str, ...] = ()) -> None:
+        """Leaves gradients on for what the stage trains, off for the rest and for the parts named in `frozen`."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(stage.trains))
+        for name, parameter in self.named_parameters(remove_duplicate=False):  # a tied weight has two names
+            if name.startswith(frozen):
+                parameter.requires_grad_(False)
 
     def forward(self, name: str, batch: PageBatch) -> dict[str, Tensor]:
         """Losses of a stage by name, unweighted: "answer", "tokens", "grid", "map2", "map3", and those of `HEADS`."""
@@ -173,11 +181,9 @@ class Trainee(nn.Module):
             features = model.get_image_features(**images)
         losses = self._answer(batch, features)
         labels = torch.cat([view_labels(c, layout) for c, layout in zip(batch.characters, batch.layouts, strict=True)])
-        logits = self.heads.tokens(features.last_hidden_state[:, 1:])
-        losses |= {
-            "tokens": dense_loss(logits, labels),
-            "grid": self._grid_loss(projected[0], labels),
-        }
+        losses["tokens"] = dense_loss(self.heads.tokens(features.last_hidden_state[:, 1:]), labels)
+        if self.has_target:
+            losses["grid"] = self._grid_loss(projected[0], labels)
         return losses if name == "align" else losses | self._map_losses(maps, batch)
 
     def _answer(self, batch: PageBatch, features: BaseModelOutputWithPooling) -> dict[str, Tensor]:
@@ -212,10 +218,9 @@ class Trainee(nn.Module):
         with tower.convnext.register_forward_hook(lambda module, args, out: maps.extend(out)):
             x = tower.encode(tiles, rasters, groups)
         wanted = torch.cat([labels[i] for i in order])
-        losses = {
-            "tokens": dense_loss(self.heads.tokens(x[:, 1:]), wanted),
-            "grid": self._grid_loss(self.export.model.multi_modal_projector(x[:, 1:]), wanted),
-        }
+        losses = {"tokens": dense_loss(self.heads.tokens(x[:, 1:]), wanted)}
+        if self.has_target:
+            losses["grid"] = self._grid_loss(self.export.model.multi_modal_projector(x[:, 1:]), wanted)
         return losses | self._map_losses(maps, batch)
 
     def _grid_loss(self, projected: Tensor, labels: Tensor) -> Tensor:

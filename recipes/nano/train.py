@@ -8,11 +8,14 @@
 Each stage writes `<stage>.pt` (state, averaged weights, optimiser, step) and `<stage>.csv` (the log) into the folder
 and goes on from them when started again. A stage begins with what the stages before it have learned.
 
-A stage that goes on needs the settings it began with: `--steps`, `--batch`, `--lr`, `--seed`, `--preset`, `--tile`,
-`--init`, the fonts, the number of processes, and what the stages before it learned; `--threads`, `--workers` and
-`--save-minutes` are free. `--init` is one for a folder: it stands in for the stages before that are missing there, and
-the others must have begun with the same one. A loss or gradient that is not finite ends the run and leaves the last
+A stage that goes on needs the settings it began with: `--steps`, `--batch`, `--lr`, `--freeze`, `--seed`, `--preset`,
+`--tile`, `--init`, the fonts, the number of processes, and what the stages before it learned; `--threads`, `--workers`
+and `--save-minutes` are free. `--init` is one for a folder: it stands in for the stages before that are missing there,
+and the others must have begun with the same one. A loss or gradient that is not finite ends the run and leaves the last
 checkpoint. Every refusal is one line and exit code 1.
+
+`vision` needs neither: without the tokens of `text` to aim at, it leaves the loss `grid` out, says so, and its
+projector stays as it was. `align` and `tune` leave it out too where `--init` holds no such tokens.
 
 On several cores, one process a core is faster than one process with several threads; each takes its share of a batch:
 
@@ -24,7 +27,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,6 +39,7 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 
 from fila.configuration import FilaConfig, preset
+from fila.errors import memory_for, one_line
 from fila.geometry import Geometry
 from fila.image_processing import FilaImageProcessor
 from fila.modeling import FilaForConditionalGeneration
@@ -49,6 +53,7 @@ from recipes.nano.tokenizer import build_character_tokenizer
 
 PREDECESSORS = {"text": (), "vision": ("text",), "align": ("text", "vision"), "tune": ("text", "vision", "align")}
 SEEDS = {"vision": 0, "text": 10_000_000, "align": 200_000_000, "tune": 300_000_000}  # no page is met in two stages
+MOST_SEED = 2**63  # torch's generators take no more
 TILE = 96  # canvas pixels; the preset's 64 holds ten lines a page
 ALPHA_RATE = 10.0
 WEIGHT_DECAY = 0.02
@@ -68,6 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="optimiser steps instead of the recipe's")
     parser.add_argument("--batch", type=int, help="pages per step instead of the recipe's")
     parser.add_argument("--lr", type=float, help="peak learning rate instead of the recipe's")
+    parser.add_argument(
+        "--freeze", nargs="+", default=[], metavar="NAME",
+        help="parts that stay as they are, by the first words of their parameters' names",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pages")
@@ -81,9 +90,10 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
         args.out.mkdir(parents=True, exist_ok=True)
         first = os.environ.get("RANK", "0") == "0"  # it alone writes
-        with locked(args.out, args.stage, PREDECESSORS[args.stage]) if first else nullcontext():
+        lock = locked(args.out, args.stage, PREDECESSORS[args.stage]) if first else nullcontext()
+        with lock, memory_for(f"stage {args.stage!r}"):
             train(args, args.stage, stage)
-    except (RunError, OSError) as error:
+    except (RunError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -92,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 def check_numbers(args: argparse.Namespace, stage: Stage) -> None:
     """Refuses numbers that no run can have."""
     for name, value, least in (
+        ("tile", args.tile, 1),
         ("steps", stage.steps, 1),
         ("batch", stage.batch, 1),
         ("seed", args.seed, 0),
@@ -101,6 +112,8 @@ def check_numbers(args: argparse.Namespace, stage: Stage) -> None:
     ):
         if not value >= least:
             raise RunError(f"--{name}: expected {least} or more, got {value}")
+    if args.seed >= MOST_SEED:
+        raise RunError(f"--seed: expected less than {MOST_SEED}, got {args.seed}")
     if not (stage.lr > 0 and math.isfinite(stage.lr)):
         raise RunError(f"--lr: expected a positive number, got {stage.lr}")
 
@@ -113,15 +126,26 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
     if world > 1:
         distributed.init_process_group("gloo")
     torch.manual_seed(args.seed)
-    trainee, geometry = build(args.preset, cropping=stage.cropping, tile=args.tile)
-    trainee.freeze(stage)
+    try:
+        trainee, geometry = build(args.preset, cropping=stage.cropping, tile=args.tile)
+    except ValueError as error:
+        raise RunError(f"--preset {args.preset} --tile {args.tile}: {one_line(error)}") from error
+    frozen = tuple(sorted(set(args.freeze)))
+    trainee.freeze(stage, frozen)
+    check_frozen(trainee, frozen)
     origins = begin(trainee, name, args.out, args.init)
+    if not (trainee.has_target or name == "text"):
+        if name == "vision":  # no other loss of it reaches the projector
+            trainee.model.multi_modal_projector.requires_grad_(False)
+        if not rank:
+            print(f"{name}: no tokens of stage 'text' to aim at: the loss 'grid' is left out", flush=True)
     learning = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(learning, stage.lr)
-    average = {n: p.detach().clone() for n, p in learning.items()}
+    # Of the frozen parts too: the next stage and the export take what a stage leaves from its averages alone.
+    average = {n: p.detach().clone() for n, p in trainee.named_parameters() if n.startswith(stage.trains)}
     checkpoint = args.out / f"{name}.pt"
     fonts = FontSet.builtin() if args.builtin_font else FontSet.installed("train")
-    settings = asdict(stage) | origins
+    settings = asdict(stage) | origins | {"freeze": frozen}
     settings |= {"preset": args.preset, "tile": args.tile, "seed": args.seed, "processes": world}
     settings |= {"fonts": "built-in" if args.builtin_font else identity(FONT_LIST)}
     step = restore(checkpoint, settings, learning, average, optimizers)
@@ -163,7 +187,7 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
         for optimizer in optimizers:
             optimizer.step()
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in learning.values()], 1 - decay)
+        torch._foreach_lerp_([average[n] for n in learning], [p.detach() for p in learning.values()], 1 - decay)
         if log is None:
             continue
         log.add(step, stage.steps, losses, norm, rate, trainee.model.vision_tower.fusion)
@@ -175,6 +199,16 @@ def train(args: argparse.Namespace, name: str, stage: Stage) -> None:
         distributed.destroy_process_group()
 
 
+def check_frozen(trainee: Trainee, frozen: Sequence[str]) -> None:
+    """Refuses the name of a part that the model lacks, and names that leave nothing to train."""
+    names = [name for name, _ in trainee.named_parameters(remove_duplicate=False)]
+    for part in frozen:
+        if not part or not any(name.startswith(part) for name in names):
+            raise RunError(f"--freeze: expected the first words of parameters' names, got {part!r}")
+    if not any(parameter.requires_grad for parameter in trainee.parameters()):
+        raise RunError("--freeze: expected something left to train, got all of the stage's parts")
+
+
 def weight_of(part: str, dense: float) -> float:
     """The weight of a loss; `dense` is the weight of the character map's now."""
     return 1.0 if part == "answer" else HEADS[part].weight if part in HEADS else dense
@@ -183,13 +217,13 @@ def weight_of(part: str, dense: float) -> float:
 def begin(trainee: Trainee, name: str, folder: Path, init: Path | None) -> dict[str, Any]:
     """Loads what a stage begins with: `--init`, and over it what the stages before have learned.
 
-    Returns both for the settings. A stage before that began with another `--init` is refused: the one given now would
-    be lost under its weights.
+    Returns both for the settings, and whether they hold the tokens that the loss `grid` aims at. A stage before that
+    began with another `--init` is refused: the one given now would be lost under its weights.
     """
     origin = identity(init) if init else None
     before = {stage: folder / f"{stage}.pt" for stage in PREDECESSORS[name]}
-    if init:
-        begin_with(trainee, init)
+    loaded = set(begin_with(trainee, init)) if init else set()
+    if init or name == "vision":
         before = {stage: path for stage, path in before.items() if path.exists()}
     for stage, path in before.items():
         if not path.exists():
@@ -201,19 +235,22 @@ def begin(trainee: Trainee, name: str, folder: Path, init: Path | None) -> dict[
         trains = STAGES[stage].trains
         check_weights(saved["average"], {n: p for n, p in trainee.named_parameters() if n.startswith(trains)}, path)
         trainee.load_state_dict(saved["average"], strict=False)
-    return {"init": origin, "before": {stage: identity(path) for stage, path in before.items()}}
+        loaded |= saved["average"].keys()
+    trainee.has_target = {f"grid_text.{n}" for n, _ in trainee.grid_text.named_parameters()} <= loaded
+    found = {stage: identity(path) for stage, path in before.items()}
+    return {"init": origin, "before": found, "grid": trainee.has_target}
 
 
-def begin_with(trainee: Trainee, folder: Path) -> None:
+def begin_with(trainee: Trainee, folder: Path) -> Iterable[str]:
     """Loads averaged weights, of one stage (`<stage>.pt`) or of all (`.safetensors`), or a checkpoint folder's.
 
-    A checkpoint folder of another tile size gets its ViT positions interpolated.
+    Returns their names. A checkpoint folder of another tile size gets its ViT positions interpolated.
     """
     if folder.suffix == ".pt":
         learned, known = read(folder)["average"], dict(trainee.named_parameters())
         check_weights(learned, {name: known[name] for name in learned if name in known}, folder)
         trainee.load_state_dict(learned, strict=False)
-        return
+        return learned
     try:
         weights = load_file(folder if folder.suffix == ".safetensors" else folder / "model.safetensors")
     except SafetensorError as error:
@@ -223,7 +260,7 @@ def begin_with(trainee: Trainee, folder: Path) -> None:
         known = dict(trainee.named_parameters())
         check_weights(weights, {name: known[name] for name in weights if name in known}, folder)
         trainee.load_state_dict(weights, strict=False)
-        return
+        return weights
     known = dict(trainee.export.named_parameters())  # a tied weight is stored once, and is here once
     position = trainee.export.model.vision_tower.vit.embeddings.position_embedding.weight
     name = next(n for n, p in known.items() if p is position)
@@ -234,6 +271,7 @@ def begin_with(trainee: Trainee, folder: Path) -> None:
         weights[name] = torch.cat([weights[name][:1], grid.flatten(2)[0].T])
     check_weights(weights, known, folder)
     trainee.export.load_state_dict(weights, strict=False)
+    return weights
 
 
 def average_gradients(parameters: Iterable[Tensor], world: int) -> None:
@@ -286,12 +324,13 @@ def make_optimizers(learning: Mapping[str, Tensor], lr: float) -> list[torch.opt
         {"params": plain, "weight_decay": 0.0, "factor": 1.0},
         {"params": gates, "weight_decay": 0.0, "factor": ALPHA_RATE},
     ]
-    adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), fused=True)
-    # Its steps have AdamW's size, so that one rate serves both.
-    muon = torch.optim.Muon(
-        [{"params": matrices, "factor": 1.0}], lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-    )
-    return [adam, muon]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups := [g for g in groups if g["params"]]:
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True))
+    if matrices:  # Muon's steps have AdamW's size, so that one rate serves both
+        group = {"params": matrices, "factor": 1.0}
+        optimizers.append(torch.optim.Muon([group], lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def set_rate(optimizers: list[torch.optim.Optimizer], step: int, stage: Stage) -> float:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from fila.checkpoints.check import GENERATION, SHIPPED, WEIGHTS, WEIGHTS_INDEX, CheckpointError
 from fila.checkpoints.load import load
+from tests.fuzz import hostile_folders
 
 MOST_SECONDS = 30  # of the processor's time
 MEMORY = 1 << 30  # of address space, beyond the warmed process: some ten copies of the model
@@ -213,14 +214,15 @@ def in_child(folder: Path) -> str:
     return said if said and code == 0 else f"WRONG: the process ended with {code}: {said}"
 
 
-def main(count: int = 1000, seed: int | None = None) -> int:
-    """Throws `count` folders; the number of failures."""
+def main(count: int = 1000, seed: int | None = None, hostile: bool = True) -> int:
+    """Throws `count` folders, those of `hostile_folders` first; the number of failures."""
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     print(f"checkpoints: {count} folders, seed {seed}", flush=True)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     load(device="cpu")
     found: Counter[str] = Counter()
+    written = list(hostile_folders.folders()) if hostile else []
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as room, open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -231,7 +233,11 @@ def main(count: int = 1000, seed: int | None = None) -> int:
             (folder / "evil.py").write_text(
                 "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nclass Evil: pass\n"
             )
-            what = draw.choice(EDITS)(draw, folder)
+            if number < len(written):
+                what, write = written[number]
+                write(folder)
+            else:
+                what = draw.choice(EDITS)(draw, folder)
             said = in_child(folder)
             found[said.split(":")[0]] += 1
             if said.startswith("WRONG"):

@@ -14,7 +14,7 @@ def run(script: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_mutated_folders_are_loaded_right_or_refused() -> None:
-    done = run("from tests.fuzz.checkpoints import main; raise SystemExit(main(12, 0))")
+    done = run("from tests.fuzz.checkpoints import main; raise SystemExit(main(12, 0, hostile=False))")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "refused" in done.stdout
 
@@ -40,7 +40,7 @@ def test_planted_faults_are_found(fault: str, words: str) -> None:
         "    return model, processor\n"
         "checkpoints.load = load\n"
         "checkpoints.EDITS = [lambda draw, folder: 'nothing']\n"
-        "raise SystemExit(checkpoints.main(1, 0))\n"
+        "raise SystemExit(checkpoints.main(1, 0, hostile=False))\n"
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert words in done.stdout

@@ -4,9 +4,7 @@ import io
 import json
 import os
 import shutil
-import signal
 import struct
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -17,7 +15,7 @@ import pytest
 from PIL import Image
 
 import fila.inference
-from fila.cli import BAD_INPUT, CLOSED_PIPE, INTERRUPTED, main
+from fila.cli import BAD_INPUT, INTERRUPTED, main
 
 QUESTION = "What is the total?"
 
@@ -47,12 +45,6 @@ def one_error(result: tuple[int, str, str], *words: str) -> None:
     assert len(lines) == 1, err
     assert lines[0].startswith("fila: error: ")
     assert all(word in lines[0] for word in words), err
-
-
-def run_fila(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "fila", *arguments], capture_output=True, text=True, timeout=300, check=False, **options
-    )
 
 
 # --- answers
@@ -420,106 +412,9 @@ def test_info(capsys):
     assert all(entry["reason"] for entry in found["backends"].values())
 
 
-# --- the program itself
-
-
-def test_the_program_end_to_end(checkpoint, tmp_path):
-    size = (120, 90)
-    Image.new("RGB", size, "white").save(tmp_path / "a.png")
-    done = run_fila(
-        "ask", "a.png", QUESTION, "--json", "--model", str(checkpoint), "--backend", "reference",
-        "--dtype", "bfloat16", "--device", "cpu", "--max-new-tokens", "1", cwd=tmp_path, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["backend"]["choice"] == "reference"
-    assert [line.split(":")[:2] for line in done.stderr.splitlines()] == [["fila", " warning"]], "noise on stderr"
-    assert found["tiles"] == [2, 2]
-
-
 def test_a_damaged_checkpoint(checkpoint, tmp_path, capsys):
     damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1_000_000])
     code = main(["ask", "a.png", QUESTION, "--model", str(damaged)])
     one_error((code, *capsys.readouterr()), "expected a complete safetensors file")
-
-
-def start_long_run(checkpoint: Path, folder: Path) -> subprocess.Popen:
-    """A run over many pictures that has answered the first."""
-    Image.new("RGB", (120, 90), "white").save(folder / "a.png")
-    running = subprocess.Popen(
-        [sys.executable, "-m", "fila", "ask", *["a.png"] * 400, QUESTION, "--model", str(checkpoint),
-         "--max-new-tokens", "1"],
-        cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert running.stdout is not None
-    assert running.stdout.readline().startswith(b"a.png:")
-    return running
-
-
-def test_a_closed_pipe_leaves_no_traceback(checkpoint, tmp_path):
-    running = start_long_run(checkpoint, tmp_path)
-    running.stdout.close()
-    err = running.stderr.read()
-    assert running.wait(timeout=60) == CLOSED_PIPE
-    assert b"Traceback" not in err
-    assert b"BrokenPipe" not in err
-
-
-def test_control_c_leaves_no_traceback(checkpoint, tmp_path):
-    running = start_long_run(checkpoint, tmp_path)
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
-    assert running.returncode == INTERRUPTED
-    assert b"Traceback" not in err
-
-
-def test_streams_of_the_program(checkpoint, tmp_path):
-    """In a process of its own: closed streams, an output that is full, and names of files that take their numbers."""
-    Image.new("RGB", (120, 90), "white").save(tmp_path / "a.png")
-    ask = f'"{sys.executable}" -m fila ask a.png "{QUESTION}" --model "{checkpoint}" --max-new-tokens 1'
-    commands = {
-        f"{ask} >&- <&- --explain out.png": "standard output: expected one that can be written to, got a closed one",
-        f"{ask} > /dev/full": "standard output: expected one that can be written to, got: No space left on device",
-    }
-    for command, message in commands.items():
-        done = subprocess.run(
-            command,
-            shell=True,
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == BAD_INPUT
-        assert [line for line in done.stderr.splitlines() if "warning" not in line] == [f"fila: error: {message}"]
-
-
-@pytest.mark.parametrize("module", ["fila", "fila.cli"])
-def test_control_c_in_the_first_seconds(module, tmp_path):
-    """While torch and transformers are imported, before any code of the command runs."""
-    code = (
-        "import os, runpy, signal, sys\n"
-        "class Interrupt:\n"
-        "    def find_spec(self, name, *args):\n"
-        "        if name == 'transformers': os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Interrupt())\n"
-        f"sys.argv = ['-m', 'info']; sys.orig_argv = [sys.executable, '-m', {module!r}, 'info']\n"
-        f"runpy.run_module({module!r}, run_name='__main__')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(), check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, b"", b"")
-
-
-def test_a_library_leaves_control_c_alone(tmp_path):
-    code = "import signal, fila.startup; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(), check=True)
-    assert done.stdout == b"True\n"
-
-
-def environment() -> dict[str, str]:
-    root = Path(__file__).resolve().parents[2]
-    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

@@ -117,6 +117,13 @@ def test_a_damaged_checkpoint_is_refused_and_the_save_before_it_is_named(tmp_pat
     assert Small().restore(path) == 1
 
 
+def test_what_is_no_plain_file_is_not_read(tmp_path):
+    path = tmp_path / "text.pt"
+    path.symlink_to("/dev/zero")  # it has no end
+    with pytest.raises(RunError, match="expected a plain file"):
+        Small().restore(path)
+
+
 @pytest.mark.parametrize(
     "break_it",
     [
@@ -159,18 +166,21 @@ def test_a_state_that_is_not_finite_leaves_the_last_checkpoint(tmp_path):
     assert read(path)["step"] == 1
 
 
-def test_a_write_that_fails_half_way_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(tmp_path):
+    """In a process of its own, since the limit is on all files."""
     path = tmp_path / "text.pt"
     save(path, Small(steps=1).state(1))
-
-    def full_disk(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        save(path, Small(steps=2).state(2))
+    code = (
+        "import resource, signal, sys; from pathlib import Path; import torch\n"
+        "from recipes.nano.run_folder import RunError, save\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: save(Path(sys.argv[1]), {'step': 2, 'a': torch.zeros(100_000)})\n"
+        "except RunError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{path}: cannot be written: File too large\n", "")
     assert read(path)["step"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["text.pt"]
 
 
 def steps_of(path: Path) -> list[str]:
@@ -280,7 +290,7 @@ def test_init_is_one_for_a_folder(trainee, tmp_path):
     kept = {n: p.detach().clone() for n, p in trainee.named_parameters()}
     try:
         origins = train.begin(trainee, "align", tmp_path, init)
-        assert origins == {"init": identity(init), "before": {}}
+        assert origins == {"init": identity(init), "before": {}, "grid": False}
         assert all((p == 0.5).all() for p in trainee.export.parameters())
         for stage in train.PREDECESSORS["align"]:
             stage_file(trainee, tmp_path / f"{stage}.pt", stage, identity(init))
@@ -312,15 +322,89 @@ def test_a_step_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(t
     assert "error: step 2: loss or gradient is not finite" in capsys.readouterr().err
     assert read(tmp_path / "text.pt")["step"] == 1
     assert train.main(["text", "--out", str(tmp_path), *options, "--batch", "2"]) == 1
-    assert "batch was 1 and is now 2" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "batch was 1 and is now 2" in error
+    assert "previous" not in error  # a save that is whole is not to be replaced
+
+
+SHORT = ["--steps", "1", "--batch", "1", "--workers", "0", "--threads", "1", "--tile", "64", "--builtin-font"]
+
+
+def test_vision_alone_leaves_the_tokens_of_text_out_and_says_so(tmp_path, capsys):
+    arguments = ["vision", "--out", str(tmp_path), *SHORT]
+    words = "no tokens of stage 'text' to aim at: the loss 'grid' is left out"
+    assert train.main(arguments) == 0
+    assert words in capsys.readouterr().out
+    saved = read(tmp_path / "vision.pt")
+    assert (saved["settings"]["grid"], saved["settings"]["before"]) == (False, {})
+    assert not any("projector" in name for name in saved["learning"])
+    assert any("projector" in name for name in saved["average"])
+    assert "grid" not in (tmp_path / "vision.csv").read_text().splitlines()[0].split(",")
+    assert train.main(arguments) == 0
+    assert train.main(["text", "--out", str(tmp_path), *SHORT]) == 0
+    capsys.readouterr()
+    assert train.main(arguments) == 1  # it would be neither of the two
+    assert "grid was False and is now True" in capsys.readouterr().err
+    (tmp_path / "vision.pt").unlink()
+    assert train.main(arguments) == 0
+    assert words not in capsys.readouterr().out
+    assert read(tmp_path / "vision.pt")["settings"]["grid"] is True
+    assert "grid" in (tmp_path / "vision.csv").read_text().splitlines()[0].split(",")
+
+
+def test_weights_without_tokens_of_text_are_no_target(trainee, tmp_path):
+    kept = {n: p.detach().clone() for n, p in trainee.named_parameters()}
+    weights = {n: torch.full_like(p, 0.5) for n, p in trainee.export.named_parameters()}
+    try:
+        save_file(weights, tmp_path / "model.safetensors")
+        assert train.begin(trainee, "tune", tmp_path, tmp_path)["grid"] is False
+        save_file({n: p.contiguous() for n, p in kept.items()}, tmp_path / "all.safetensors")
+        assert train.begin(trainee, "tune", tmp_path, tmp_path / "all.safetensors")["grid"] is True
+    finally:
+        trainee.load_state_dict(kept, strict=False)
+
+
+def test_frozen_parts_stay_and_are_handed_on(tmp_path, capsys):
+    arguments = ["text", "--out", str(tmp_path), *SHORT]
+    assert train.main([*arguments, "--freeze", "lm_head", "grid_text"]) == 0  # tied: the embedding has that name too
+    saved = read(tmp_path / "text.pt")
+    assert saved["settings"]["freeze"] == ("grid_text", "lm_head")
+    embedding = "model.language_model.embed_tokens.weight"
+    assert embedding not in saved["learning"]
+    assert not any(name.startswith("grid_text") for name in saved["learning"])
+    assert {embedding, "grid_text.turn"} <= saved["average"].keys()
+    capsys.readouterr()
+    assert train.main(arguments) == 1
+    assert "freeze was ('grid_text', 'lm_head') and is now ()" in capsys.readouterr().err
+    assert train.main(["vision", "--out", str(tmp_path), *SHORT]) == 0  # takes what `text` leaves, frozen parts and all
+    for names in (["no.such"], [""], ["model", "lm_head", "grid_text"]):
+        assert train.main([*arguments, "--freeze", *names]) == 1
+        assert capsys.readouterr().err.startswith("error: --freeze: expected")
 
 
 @pytest.mark.parametrize(
-    "option", [("--lr", "nan"), ("--lr", "0"), ("--steps", "0"), ("--batch", "-2"), ("--save-minutes", "nan")]
+    "option",
+    [
+        ("--lr", "nan"),
+        ("--lr", "0"),
+        ("--steps", "0"),
+        ("--batch", "-2"),
+        ("--save-minutes", "nan"),
+        ("--tile", "0"),
+        ("--seed", str(2**63)),
+    ],
 )
 def test_numbers_that_no_run_can_have(tmp_path, capsys, option):
     assert train.main(["text", "--out", str(tmp_path), *option]) == 1
     assert capsys.readouterr().err.startswith(f"error: {option[0]}: expected")
+
+
+@pytest.mark.parametrize("option", [("--tile", "7"), ("--preset", "none")])
+def test_models_that_cannot_be_built(tmp_path, capsys, option):
+    assert train.main(["vision", "--out", str(tmp_path), *option]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --preset")
+    assert error.count("\n") == 1
 
 
 def test_export_refuses_damaged_foreign_and_non_finite_runs(trainee, tmp_path, capsys):
