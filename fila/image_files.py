@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from PIL import Image, ImageFile, JpegImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 
 from fila.errors import ImageError
 
@@ -108,11 +108,29 @@ def open_file(file: IO[bytes], name: str, max_side: int) -> Image.Image:
     except Exception as error:  # decoders raise nearly anything on damaged files
         if isinstance(error, Image.DecompressionBombError):
             raise ImageError(f"{name}: expected at most {max_side}x{max_side} pixels, got more: {error}") from error
+        if kinds[0] == "TIFF" and (samples := _tiff_samples_in_words(file)):
+            known = "grey of 1, 2, 4, 8, 12, 16 or 32 bits, colours of 8 or 16, or floats of 32"
+            raise ImageError(f"{name}: expected a TIFF of {known}, got one of {samples}") from error
         raise ImageError(
             f"{name}: expected a picture, its header cannot be read as {kinds[0]}: {error or type(error).__name__}"
         ) from error
     check_size(image.height, image.width, max_side, name)
     return image
+
+
+def _tiff_samples_in_words(file: IO[bytes]) -> str:
+    """The samples of a TIFF for which Pillow has no mode; empty where the file does not say so much."""
+    try:
+        file.seek(0)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+        file.seek(tags.next)
+        tags.load(file)
+        bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+        kind = {2: "signed ", 3: "floating-point "}.get(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0], "")
+        photometric = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION)
+        return f"{len(bits)} {kind}samples of {max(bits)} bits, photometric interpretation {photometric}"
+    except Exception:  # the directory is damaged
+        return ""
 
 
 def _accepts(kind: str, prefix: bytes) -> bool:

@@ -114,11 +114,11 @@ class Environment:
         self.stamp = folder / STAMP
 
     def is_current(self) -> bool:
-        if not self.python.exists():
-            return False
         try:
+            if not self.python.exists():
+                return False
             stamp = json.loads(self.stamp.read_text())
-        except (OSError, ValueError):  # none, or torn
+        except (OSError, ValueError):  # none, torn, or not to be read
             return False
         return stamp == {"fingerprint": fingerprint(), "native": LIBRARY.exists()}
 
@@ -159,7 +159,7 @@ class Environment:
         say(f"installing {requirement}, {build} build (the setting TORCH=auto|cpu|cuda chooses)")
         if build == "cpu":
             # Dependencies come with the next step, from the usual index and under the pins.
-            options = ["--no-deps", "--index-url", CPU_INDEX, "--timeout", "20", "--retries", "2"]
+            options = ["--no-deps", "--index-url", CPU_INDEX, "--timeout", "20"]
             if self._pip(*options, requirement, quiet=True) == 0:
                 return
             say(f"{CPU_INDEX} did not give it; asking pip's configured indexes, whose build may be the large CUDA one")
@@ -184,7 +184,8 @@ class Environment:
         os.replace(fresh, self.stamp)
 
     def _pip(self, *arguments: str, quiet: bool = False) -> int:
-        options = ["--quiet", "--no-input", "--disable-pip-version-check"]
+        # At least one retry, whatever PIP_RETRIES says: pip names a missing connection only when it tries again.
+        options = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
         command = [str(self.python), "-m", "pip", "install", *options, *arguments]
         done = subprocess.run(
             command, check=False, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -209,6 +209,19 @@ def test_signed_samples_have_no_white_and_are_refused(depth: int) -> None:
         load_image(tiff([[1, 2, 3]], depth, 1, tags=[(339, 3, [2])]))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("depth, samples, words", [
+    (10, 1, "1 samples of 10 bits, photometric interpretation 1"),
+    (14, 1, "1 samples of 14 bits"),
+    (12, 3, "3 samples of 12 bits, photometric interpretation 2"),
+    (32, 3, "3 samples of 32 bits"),
+])  # fmt: skip
+def test_a_tiff_of_samples_that_are_not_read_is_refused_by_their_depth(order, depth, samples, words) -> None:
+    data = tiff([[0, 1, 1] * samples], depth, 2 if samples == 3 else 1, samples=samples, order=order)
+    with pytest.raises(ImageError, match=f"expected a TIFF of grey of .*, got one of {words}"):
+        load_image(data)
+
+
 def test_a_tiff_that_does_not_say_what_white_is_is_refused() -> None:
     with pytest.raises(ImageError, match="says whether black or white is zero"):
         load_image(tiff([[0, 255]], 8, None))

@@ -156,7 +156,9 @@ def test_a_disk_that_is_full(checkpoint, tmp_path):
     done = run_fila(*ask, "--explain", "out.png", cwd=tmp_path, env=environment(), preexec_fn=limit)
     assert done.returncode == BAD_INPUT
     lines = [line for line in done.stderr.splitlines() if "warning" not in line]
-    assert lines == ["fila: error: --explain: expected a file that can be written, got: [Errno 27] File too large"]
+    assert lines == [
+        "fila: error: a.png: --explain: expected a file that can be written, got: [Errno 27] File too large"
+    ]
     assert (tmp_path / "out.png").read_bytes() == b"the last one"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "out.png"]
 

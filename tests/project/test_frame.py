@@ -171,13 +171,34 @@ def test_an_environment_of_an_old_python_is_refused(set_up):
         set_up(too_old=1)
 
 
-def test_an_environment_that_cannot_be_written_to_is_named(set_up, monkeypatch):
+def test_an_environment_that_cannot_be_written_to_is_named(set_up, monkeypatch, tmp_path):
+    exists = Path.exists
+
     def refuse(path, *arguments, **options):
+        if tmp_path not in path.parents:
+            return exists(path)
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "touch", refuse)
-    with pytest.raises(SystemExit, match=r"is out of date and cannot be written to .Permission denied.; make it"):
-        set_up()
+    for method in ("touch", "exists"):  # a folder that can be read, and one that cannot
+        with monkeypatch.context() as denied:
+            denied.setattr(Path, method, refuse)
+            with pytest.raises(SystemExit, match=r"is out of date and cannot be written to .Permission denied.; make"):
+                set_up()
+
+
+def test_a_missing_network_is_named_by_pip_itself(tmp_path):
+    """Also under PIP_RETRIES=0, where pip would say that dependencies conflict."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    code = "import sys; from tools import environment as e; e.Environment(e.Path(sys.argv[1])).install({}, 'no-such')"
+    variables = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_RETRIES": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env={**os.environ, **variables}, capture_output=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"setup: no connection to the package registry")
+    assert done.stderr.count(b"\n") == 1
 
 
 def make_targets() -> list[str]:
