@@ -75,21 +75,18 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def without_libraries() -> Iterator[None]:
-    """Discards what native libraries write to standard error by themselves, as libtiff does about damaged files.
+    """Discards what native libraries write by themselves: libtiff about damaged files, tokenizers to standard output.
 
     Their faults arrive as exceptions, and get their one line. Nothing of ours is written meanwhile.
     """
-    try:
-        kept = os.dup(2)
-    except OSError:  # closed, or no descriptor left
+    with contextlib.ExitStack() as stack:
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):  # closed, or no descriptor is left
+                kept = os.dup(descriptor)
+                stack.callback(os.close, kept)
+                stack.callback(os.dup2, kept, descriptor)
+                _discard(descriptor)
         yield
-        return
-    try:
-        _discard(2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _output_error(error: Exception) -> OutputError:

@@ -60,7 +60,7 @@ LAYERS = {
 
 # Packages from outside that a package may import.
 EXTERNAL = {
-    "fila": {"torch", "numpy", "transformers", "huggingface_hub", "tokenizers", "safetensors", "PIL"},
+    "fila": {"torch", "numpy", "transformers", "huggingface_hub", "tokenizers", "safetensors", "PIL", "jinja2"},
     "fila_kernels": {"torch", "numpy", "triton"},
 }
 

@@ -144,6 +144,19 @@ def test_every_mistake_is_one_line_and_the_other_pictures_are_answered(checkpoin
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["zw\\udcc3\\udcb6lf.png"]
 
 
+def test_libraries_write_nothing_and_the_streams_come_back():
+    code = (
+        "import os; from fila.streams import without_libraries\n"
+        "with without_libraries(): os.write(1, b'noise'); os.write(2, b'noise')\n"
+        "os.write(1, b'answer'); os.write(2, b'error')\n"
+        "before = sorted(os.listdir('/proc/self/fd'))\n"
+        "with without_libraries(): pass\n"
+        "assert sorted(os.listdir('/proc/self/fd')) == before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(), check=True)
+    assert (done.stdout, done.stderr) == (b"answer", b"error")
+
+
 def test_a_disk_that_is_full(checkpoint, tmp_path):
     """The limit is on every file of the process: the explanation before stays, and so does the exit code's meaning."""
     Image.new("RGB", (120, 90), "white").save(tmp_path / "a.png")
