@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from fila.checkpoints.check import CHAT_TEMPLATE, OPTIONAL_FILES, Checkpoint, shown
+from fila.checkpoints.check import CHAT_TEMPLATE, OPTIONAL_FILES, Checkpoint, CheckpointError, shown
 from fila.checkpoints.config import IGNORED, LEADING_ELSEWHERE
 from fila.checkpoints.quiet import quiet
 from fila.checkpoints.template import check_template, limited_time
@@ -30,10 +30,10 @@ def read_processor(checkpoint: Checkpoint, config: FilaConfig) -> FilaProcessor:
     tokenizer = read_tokenizer(checkpoint)
     template = checkpoint.read_text(CHAT_TEMPLATE) if checkpoint.has(CHAT_TEMPLATE) else None
     template = template or settings.get("chat_template")
-    for text in (template, tokenizer_settings.get("chat_template")):
+    for text in (template, tokenizer.chat_template):
         check_template(checkpoint, text)
     try:
-        with quiet(), panics_as_errors():
+        with quiet():
             images = FilaImageProcessor(**settings["image_processor"])
             processor = FilaProcessor(
                 images,
@@ -45,6 +45,8 @@ def read_processor(checkpoint: Checkpoint, config: FilaConfig) -> FilaProcessor:
             with limited_time(checkpoint):
                 prompt = processor.apply_chat_template([message], add_generation_prompt=True)
             placeholders = prompt.count(processor.image_token)
+    except CheckpointError:
+        raise
     except Exception as error:  # settings and templates have many ways of being wrong
         if is_out_of_memory(error):
             raise
@@ -129,7 +131,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> Any:
     """
     kind = _tokenizer_class(checkpoint, _tokenizer_settings(checkpoint).get("tokenizer_class"))
     try:
-        with quiet():
+        with quiet(), panics_as_errors():
             return kind.from_pretrained(str(checkpoint.folder), local_files_only=True)
     except Exception as error:  # tokenizer files have many ways of being wrong
         if is_out_of_memory(error):
