@@ -4,6 +4,7 @@ Every question that the paper leaves open is a field here; `docs/model.md` lists
 presets are the paper's model and `fila-nano`, the small model that is trained here and shipped.
 """
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,10 @@ class FilaConfig(OwnedFields):
         image_token_index: the token that stands for a piece of a picture; also known as `image_token_id`.
         projector_hidden_act: the projector's activation.
         multimodal_projector_bias: whether the projector's layers have a bias.
+        answer_calibration: slope and offset that turn the mean log-probability of an answer's tokens into the
+            probability that it is right, see `fila.confidence`; None where that has not been measured.
+        smallest_capital: height of the smallest capitals that the model learned to read, canvas pixels; pictures with
+            smaller text are answered with a warning. None says nothing.
     """
 
     model_type = "fila"
@@ -197,6 +202,8 @@ class FilaConfig(OwnedFields):
     image_token_index: int = 32000
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
+    answer_calibration: list[float] | None = None
+    smallest_capital: float | None = None
 
     def __post_init__(self, **kwargs):
         self.vision_config = make_part(FilaVisionConfig, self.vision_config, {}, "vision_config")
@@ -216,6 +223,11 @@ class FilaConfig(OwnedFields):
 
     def check(self) -> None:
         self.vision_config.check()
+        given, smallest = self.answer_calibration, self.smallest_capital
+        if given is not None and not (len(given) == 2 and all(map(math.isfinite, given))):
+            raise ValueError(f"expected answer_calibration as two finite numbers, slope and offset, got {given!r}")
+        if smallest is not None and not 0 < smallest < math.inf:
+            raise ValueError(f"expected smallest_capital above 0, got {smallest!r}")
 
     vision_feature_layer = part_of("vision_config", "vision_feature_layer")
     image_grid_pinpoints = part_of("vision_config", "image_grid_pinpoints")

@@ -5,11 +5,13 @@ It keeps no state on the model or the processor, so that threads may share both.
 """
 
 import copy
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,9 +20,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fila.checkpoints.check import CheckpointError
 from fila.checkpoints.load import load
+from fila.confidence import calibrated, log_probabilities
 from fila.errors import one_line
 from fila.geometry import Layout
 from fila.images import ImageSource, Picture, read_picture
+from fila.legibility import smallness
 from fila.modeling import FilaForConditionalGeneration
 from fila.processing import FilaProcessor
 
@@ -46,6 +50,8 @@ class Answer:
     Attributes:
         picture: the picture's name in messages.
         question, text: the question and the answer, special tokens left out.
+        confidence: the probability that the answer is right, by the checkpoint's calibration; None where it has none.
+        token_probability: geometric mean of the probabilities of the answer's tokens, the one that ends it included.
         image_size: height and width, image pixels, after EXIF rotation.
         canvas: height and width, canvas pixels. tiles: rows and columns; (0, 0) where the model does not crop.
         tiles_reach_llm: False for pictures so long that LLaVA-NeXT's unpadding leaves no tile token.
@@ -58,6 +64,8 @@ class Answer:
     picture: str
     question: str
     text: str
+    confidence: float | None
+    token_probability: float
     image_size: tuple[int, int]
     canvas: tuple[int, int]
     tiles: tuple[int, int]
@@ -134,22 +142,27 @@ def answer_batch(
     )
     clock.lap("encode")
     ends = _end_tokens(model, processor)
-    said = _generate(model, _greedy(processor, ends, max_new_tokens), inputs, image)
+    said, sure = _generate(model, _greedy(processor, ends, max_new_tokens), inputs, image)
     clock.lap("generate")
 
-    geometry = processor.image_processor.geometry
+    geometry, config = processor.image_processor.geometry, model.config
     answers = []
-    for picture, question, tokens in zip(pictures, questions, said, strict=True):
+    for picture, question, tokens, logs in zip(pictures, questions, said, sure, strict=True):
         layout = picture.layout(geometry)
         found = [*picture.notes, *_layout_notes(layout), *_question_notes(processor, question)]
+        if small := smallness(picture, layout, config.smallest_capital):
+            found.append(small)
         end = next((i for i, token in enumerate(tokens) if token in ends), None)
         if end is None:
             found.append(f"the answer was cut off after {max_new_tokens} tokens")
+        mean = fmean(logs[: None if end is None else end + 1])
         answers.append(
             Answer(
                 picture=picture.name,
                 question=question,
                 text=processor.decode(tokens[:end], skip_special_tokens=True).strip(),
+                confidence=calibrated(mean, config.answer_calibration) if config.answer_calibration else None,
+                token_probability=math.exp(mean),
                 image_size=(layout.height, layout.width),
                 canvas=layout.canvas,
                 tiles=(layout.rows, layout.columns),
@@ -307,8 +320,8 @@ def _generate(
     settings: GenerationConfig,
     inputs: BatchFeature,
     image: BaseModelOutputWithPooling,
-) -> list[list[int]]:
-    """The new tokens of every prompt, whose pictures are encoded already.
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The new tokens of every prompt, whose pictures are encoded already, and the log-probability of each.
 
     Raises:
         ValueError: the model computes NaN or infinity.
@@ -326,7 +339,8 @@ def _generate(
     )
     if not all(torch.isfinite(logits).all() for logits in out.logits):
         raise ValueError(f"expected finite numbers from the model in {model.dtype}, got NaN or infinity")
-    return out.sequences[:, ids.shape[1] :].tolist()
+    new = out.sequences[:, ids.shape[1] :]
+    return new.tolist(), log_probabilities(out.logits, new).tolist()
 
 
 def _greedy(processor: FilaProcessor, ends: set[int], max_new_tokens: int) -> GenerationConfig:

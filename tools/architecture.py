@@ -31,6 +31,7 @@ LAYERS = {
         ("", "cli"),
         ("", "aot"),
         ("answers", "inference visualize"),
+        ("", "confidence legibility"),
         ("weights", "checkpoints"),
         ("public names", "__init__"),
         ("model", "modeling"),

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from fila.image_processing import FilaImageProcessor
 from fila.processing import FilaProcessor
+from recipes.nano.pages.sheet import CAPS
 from recipes.nano.run_folder import RunError, check_weights, not_finite, read
 from recipes.nano.stages import STAGES
 from recipes.nano.tokenizer import build_character_tokenizer
@@ -74,6 +75,7 @@ def export(args: argparse.Namespace) -> None:
     gates = [fusion.alpha.item() for fusion in model.model.vision_tower.fusion]
     if max(map(abs, gates)) < LEAST_GATE:
         raise RunError(f"expected a gate of at least {LEAST_GATE}, got {gates}: the ConvNeXt was never used")
+    model.config.smallest_capital = CAPS[0]
     model.to(torch.bfloat16)
     if name := not_finite(model.state_dict()):
         raise RunError(f"{path}: {name} is not finite in bfloat16")
