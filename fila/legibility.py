@@ -46,8 +46,8 @@ def smallness(picture: Picture, layout: Layout, smallest: float | None) -> str |
         return None
     seen = f"{layout.canvas[1]}x{layout.canvas[0]}"
     return (
-        f"the text is too small for this model: on the {seen} pixels that it sees, capitals are about {height:.1f} pixels "
-        f"high, and it learned to read from {smallest:g}; cut out the part that matters"
+        f"the text is too small for this model: on the {seen} pixels that it sees, capitals are about "
+        f"{height:.1f} pixels high, and it learned to read from {smallest:g}; cut out the part that matters"
     )
 
 
