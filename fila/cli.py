@@ -1,4 +1,4 @@
-"""Runs the commands `fila ask`, `fila assemble` and `fila info`.
+"""Runs the commands `fila ask`, `fila assemble`, `fila info`, and those of training (`fila.training.commands`).
 
 Exit codes: 0, everything was answered; 2, something was not, with one line on stderr that says what was expected and
 what came; 130 after Ctrl-C; 141 if the reader of the output has gone.
@@ -20,6 +20,7 @@ from typing import IO, Any, NoReturn
 from fila import startup, streams
 from fila.errors import memory_for, one_line, panics_as_errors, printable
 from fila.startup import INTERRUPTED
+from fila.training import commands as training
 
 PACKAGES = ("fila", "transformers", "tokenizers", "safetensors", "pillow")
 STDIN = "-"
@@ -89,7 +90,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         description="What this installation can do, and why.",
     )  # fmt: skip
     info.add_argument("--json", action="store_true", help="print JSON")
-    return parser, {"ask": ask, "assemble": assemble, "info": info}
+    return parser, {"ask": ask, "assemble": assemble, "info": info} | training.add_parsers(commands, _positive)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,6 +132,10 @@ def _run(arguments: list[str]) -> int:
         return _ask(options)
     if words:
         raise _UsageError(f"expected no words behind --, got {words} (see fila {arguments[0]} --help)")
+    if arguments[0] == "data":
+        return training.check_data(options, streams.write)
+    if arguments[0] == "train":
+        return training.train(options, streams.write)
     return _assemble(options) if arguments[0] == "assemble" else _info(options)
 
 

@@ -238,7 +238,7 @@ class FilaVisionModel(PreTrainedModel):
     def forward(
         self,
         pixel_values: Tensor,
-        high_res_pixel_values: Tensor | None = None,
+        high_res_pixel_values: Tensor | Sequence[Tensor] | None = None,
         image_sizes: Tensor | list | None = None,
         layouts: list[Layout] | None = None,
         **kwargs,
@@ -247,8 +247,9 @@ class FilaVisionModel(PreTrainedModel):
 
         Args:
             pixel_values: [n_images, max_views, 3, tile, tile], the global view first; rows past a picture's own views
-                are padding and are not read.
-            high_res_pixel_values: [n_images, 3, H, W], each raster in the upper left corner; not read without fusion.
+                are padding and are not read. Or [views of all pictures, 3, tile, tile], without padding.
+            high_res_pixel_values: [n_images, 3, H, W], each raster in the upper left corner; or one [3, h, w] for each
+                picture. Not read without fusion.
             image_sizes: [n_images, 2], height and width of each picture in its own pixels. As a list they are
                 constants to `torch.export`.
             layouts: what the method `layouts` returned for these tensors, where the caller has asked it before.
@@ -266,13 +267,20 @@ class FilaVisionModel(PreTrainedModel):
             layouts = self.layouts(pixel_values, high_res_pixel_values, image_sizes)
         groups = group_views(layouts, self.config.convnext_strides, pixel_values.device)
         order = [i for group in groups for i in group.images]
-        views = torch.cat([pixel_values[i, : layouts[i].num_views] for i in order])
+        if pixel_values.ndim == 4:
+            flat = pixel_values.split([layout.num_views for layout in layouts])
+            views = torch.cat([flat[i] for i in order])
+        else:
+            views = torch.cat([pixel_values[i, : layouts[i].num_views] for i in order])
         rasters = []
         if self.convnext is not None:
             assert high_res_pixel_values is not None
             for group in groups:
                 height, width = group.raster
-                rasters.append(high_res_pixel_values[group.images, :, :height, :width])
+                if isinstance(high_res_pixel_values, Tensor):
+                    rasters.append(high_res_pixel_values[group.images, :, :height, :width])
+                else:
+                    rasters.append(torch.stack([high_res_pixel_values[i][:, :height, :width] for i in group.images]))
         encoded = self._encode(views, rasters, groups, return_dict=True, **kwargs)
         if order == sorted(order):
             return encoded
@@ -331,32 +339,52 @@ class FilaVisionModel(PreTrainedModel):
                 states.append(x if chosen is None or i in chosen else None)
         return BaseModelOutput(last_hidden_state=x, hidden_states=tuple(states) if output_hidden_states else None)
 
-    def layouts(self, pixel_values: Tensor, high_res_pixel_values: Tensor | None, image_sizes) -> list[Layout]:
+    def layouts(
+        self, pixel_values: Tensor, high_res_pixel_values: Tensor | Sequence[Tensor] | None, image_sizes
+    ) -> list[Layout]:
         """Each picture's layout, after checking that the tensors have room for it."""
         sizes = sizes_of(image_sizes)
-        for name, pixels in (("pixel_values", pixel_values), ("high_res_pixel_values", high_res_pixel_values)):
-            if pixels is not None and not pixels.is_floating_point():
+        rasters = high_res_pixel_values
+        given = [] if rasters is None else [rasters] if isinstance(rasters, Tensor) else list(rasters)
+        for name, pixels in [("pixel_values", pixel_values), *(("high_res_pixel_values", pixels) for pixels in given)]:
+            if not pixels.is_floating_point():
                 raise ValueError(f"expected {name} normalised, in a float dtype, got {pixels.dtype}")
         geometry = self.config.geometry()
         layouts = [geometry.layout(height, width) for height, width in sizes]
         tile = geometry.tile
-        if pixel_values.ndim != 5 or tuple(pixel_values.shape[2:]) != (3, tile, tile):
+        if pixel_values.ndim not in (4, 5) or tuple(pixel_values.shape[-3:]) != (3, tile, tile):
             raise ValueError(
                 f"expected pixel_values [n_images, views, 3, {tile}, {tile}], got {list(pixel_values.shape)}"
             )
-        if len(layouts) != len(pixel_values):
-            raise ValueError(f"expected one row of image_sizes per picture ({len(pixel_values)}), got {len(layouts)}")
-        views = max(layout.num_views for layout in layouts)
-        if views > pixel_values.shape[1]:
-            raise ValueError(f"expected at least {views} views for these image sizes, got {pixel_values.shape[1]}")
+        if pixel_values.ndim == 4:
+            views = sum(layout.num_views for layout in layouts)
+            if views != len(pixel_values):
+                raise ValueError(f"expected {views} views of all pictures, by image_sizes, got {len(pixel_values)}")
+        else:
+            if len(layouts) != len(pixel_values):
+                raise ValueError(
+                    f"expected one row of image_sizes per picture ({len(pixel_values)}), got {len(layouts)}"
+                )
+            views = max(layout.num_views for layout in layouts)
+            if views > pixel_values.shape[1]:
+                raise ValueError(f"expected at least {views} views for these image sizes, got {pixel_values.shape[1]}")
         if self.convnext is None:
             return layouts
-        if high_res_pixel_values is None:
+        if rasters is None:
             raise ValueError(
                 "expected high_res_pixel_values beside pixel_values (this model fuses a ConvNeXt), got none"
             )
+        if not isinstance(rasters, Tensor):
+            if len(given) != len(layouts) or any(
+                tuple(pixels.shape) != (3, *layout.raster) for pixels, layout in zip(given, layouts, strict=True)
+            ):
+                wanted = [[3, *layout.raster] for layout in layouts]
+                raise ValueError(
+                    f"expected high_res_pixel_values of {wanted}, got {[list(pixels.shape) for pixels in given]}"
+                )
+            return layouts
         raster = [max(layout.raster[axis] for layout in layouts) for axis in (0, 1)]
-        shape = tuple(high_res_pixel_values.shape)
+        shape = tuple(rasters.shape)
         if len(shape) != 4 or shape[:2] != (len(layouts), 3) or shape[2] < raster[0] or shape[3] < raster[1]:
             raise ValueError(
                 f"expected high_res_pixel_values [{len(layouts)}, 3, >= {raster[0]}, >= {raster[1]}], got {list(shape)}"
