@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fila.checkpoints.load import load
 from fila.image_processing import FilaImageProcessor
@@ -70,7 +71,7 @@ def with_geometry(processor: FilaProcessor, model: FilaForConditionalGeneration)
     return FilaProcessor(image_processor, processor.tokenizer, chat_template=processor.chat_template)
 
 
-def prepare(model: nn.Module) -> None:
+def prepare(model: PreTrainedModel) -> None:
     """Sets what packed rows need: transformers keeps their records apart only where the text model caches nothing."""
     model.config.text_config.use_cache = False
 

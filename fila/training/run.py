@@ -164,7 +164,7 @@ def out_of_memory(recipe: Recipe, error: BaseException) -> str:
 
 def provenance() -> dict[str, Any]:
     """Versions, commit and machine, as they were when the run started."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

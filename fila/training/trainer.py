@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from fila.fusion import Fusion
@@ -36,7 +36,13 @@ class FilaTrainer(Trainer):
     """
 
     def __init__(
-        self, model: nn.Module, arguments: TrainingArguments, recipe: Recipe, rows: Rows, processor: Any, facts: dict
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        recipe: Recipe,
+        rows: Rows,
+        processor: Any,
+        facts: dict,
     ):
         self.recipe, self.rows, self.facts = recipe, rows, facts
         self.folder = Path(recipe.run.folder)
@@ -113,7 +119,7 @@ class FilaTrainer(Trainer):
                 factor = rates.get("alpha", rates.get(part, 1.0)) if name.endswith(".alpha") else rates.get(part, 1.0)
                 plain = parameter.ndim < 2 or "embed" in name
                 groups.setdefault((factor, 0.0 if plain else optimizer.decay), []).append(parameter)
-            self.optimizer = torch.optim.AdamW(
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
                 [{"params": p, "lr": optimizer.rate * f, "weight_decay": d} for (f, d), p in groups.items()],
                 lr=optimizer.rate,
                 betas=(optimizer.beta1, optimizer.beta2),
@@ -159,7 +165,8 @@ class FilaTrainer(Trainer):
         entry: dict[str, float] = {"step": state.global_step, "loss": row.pop("loss"), "grad_norm": self.norm}
         entry |= {name: int(value) for name, value in row.items()}
         entry |= {"tokens": int(tokens), "padding": round(1 - tokens / room, 4) if room else 0.0}
-        entry |= {f"alpha{i}": fusion.opening() for i, fusion in enumerate(self.gates)} if self._gates_here() else {}
+        if self._gates_here():
+            entry |= {f"alpha{i}": fusion.opening() or 0.0 for i, fusion in enumerate(self.gates)}
         entry |= {"lr": self._get_learning_rate(), "seconds": round(seconds, 3)}
         entry |= {"tokens_per_s": round(tokens / seconds, 1), "images_per_s": round(row["images"] / seconds, 2)}
         if peak := self._peak_flops():

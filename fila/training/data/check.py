@@ -19,6 +19,7 @@ from fila.training.data.sources import Source, fingerprint, open_source
 from fila.training.errors import RecordError
 
 SHOWN = 12  # sample pictures, and faults of a kind
+CENTILES = (0, 50, 95, 100)
 CELL = 240  # pixels of a sample picture's longer side
 
 
@@ -123,7 +124,8 @@ def check_corpus(
         str(path), len(source), len(good), sum(not found.sizes for found in good), len(sizes),
         sum(layout.num_views for layout in layouts),
         {name: _spread([size[axis] for size in sizes], (0, 50, 100)) for axis, name in enumerate(("height", "width"))},
-        *(_spread([getattr(f, name) for f in good], (0, 50, 95, 100)) for name in ("tokens", "learned", "turns")),
+        _spread([found.tokens for found in good], CENTILES), _spread([found.learned for found in good], CENTILES),
+        _spread([found.turns for found in good], CENTILES),
         dict(Counter(f"{layout.canvas[0]}x{layout.canvas[1]}" for layout in layouts).most_common()),
         dict(faults), messages, len(records) - len(set(records)), len(pictures) - len(set(pictures)),
         length, len(rows), 1 - sum(rows) / (len(rows) * length) if rows else 0.0, fingerprint(source),

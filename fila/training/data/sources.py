@@ -33,8 +33,11 @@ class Source(Protocol):
     `groups`: numbers of records that lie together and are read together; None where any record is found alone.
     """
 
-    files: Sequence[Path]
-    groups: Sequence[int] | None
+    @property
+    def files(self) -> Sequence[Path]: ...
+
+    @property
+    def groups(self) -> Sequence[int] | None: ...
 
     def __len__(self) -> int: ...
 
