@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+NOT_FOUND = "not found"
 Z_95 = 1.959964  # two-sided 95 % of the normal distribution
 
 
@@ -24,6 +25,7 @@ class Answered:
     predicted: str
     cut: bool
     kind: str
+    confidence: float | None = None  # that the answer is right, as the model says
 
     @property
     def correct(self) -> bool:
@@ -69,7 +71,9 @@ def tally(answered: Iterable[Answered]) -> dict[str, Any]:
 
 
 def report(answered: Iterable[Answered]) -> dict[str, Any]:
-    """The tallies of all, of cut and intact answers, and of every kind by both; ready for `json.dump`."""
+    """The tallies of all, of cut and intact answers, and of every kind by both, and what `not_found` and
+    `calibration_error` say; ready for `json.dump`.
+    """
     rows = list(answered)
     sides = {"cut": [r for r in rows if r.cut], "intact": [r for r in rows if not r.cut]}
     kinds = sorted({r.kind for r in rows})
@@ -79,7 +83,35 @@ def report(answered: Iterable[Answered]) -> dict[str, Any]:
         "kinds": {
             kind: {side: tally(r for r in found if r.kind == kind) for side, found in sides.items()} for kind in kinds
         },
+        "not_found": not_found(rows),
+        "calibration_error": calibration_error(rows),
     }
+
+
+def not_found(rows: Iterable[Answered]) -> dict[str, Any]:
+    """How often "not found" is said of what is there (`false`), and something else of what is not (`invented`)."""
+    answered = list(rows)
+    there = [r for r in answered if r.answer != NOT_FOUND]
+    absent = [r for r in answered if r.answer == NOT_FOUND]
+    false, invented = sum(normalise(r.predicted) == NOT_FOUND for r in there), sum(not r.correct for r in absent)
+    return {
+        "false": {"count": len(there), "said": false, "share": false / len(there) if there else None},
+        "invented": {"count": len(absent), "said": invented, "share": invented / len(absent) if absent else None},
+    }
+
+
+def calibration_error(rows: Iterable[Answered], bins: int = 10) -> float | None:
+    """Expected calibration error over bins of equal width: the mean gap between being sure and being right.
+
+    None where an answer carries no confidence.
+    """
+    answered = list(rows)
+    gaps = [0.0] * bins
+    for row in answered:
+        if row.confidence is None:
+            return None
+        gaps[min(int(row.confidence * bins), bins - 1)] += row.confidence - row.correct
+    return sum(map(abs, gaps)) / len(answered) if answered else None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,7 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         try:
             entry = json.loads(line)
-            rows.append(Answered(entry["answer"], entry["predicted"], entry["cut"], entry["kind"]))
+            rows.append(
+                Answered(entry["answer"], entry["predicted"], entry["cut"], entry["kind"], entry.get("confidence"))
+            )
         except (ValueError, KeyError, TypeError) as error:
             parser.error(f"{options.answers}:{number}: expected answer, predicted, cut and kind, got {error!r}")
     print(json.dumps(report(rows), indent=1))
