@@ -14,7 +14,6 @@ from random import Random
 
 from PIL import Image
 
-from fila.configuration import preset
 from fila.geometry import Geometry
 from recipes.nano.pages.blocks import SHAPES
 from recipes.nano.pages.compose import find_page, global_ink
@@ -24,7 +23,8 @@ from recipes.nano.pages.page import Page
 from recipes.nano.pages.turns import Span, links, reading_lines, turns
 
 CHARSET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.,:-/%$#&()+'"
-NANO_GEOMETRY = preset("fila-nano").vision_config.geometry()
+# What cards are planned on, and with them the frozen test; a model may see them on wider canvases (`sources.moved`).
+NANO_GEOMETRY = Geometry(64, 8, 16, ((64, 128), (128, 64), (128, 128), (192, 64), (64, 192)), "scaled", 128)
 MOST_FURTHER = 16
 LARGEST_SPACE = 0.5  # em; a wider gap separates columns
 
