@@ -9,7 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from fila.chat import checked_message, fit
 from fila.image_processing import FilaImageProcessorKwargs, flatten_images
-from fila.images import load_picture
+from fila.images import Picture, load_picture
 
 IMAGE_TOKEN = "<image>"
 # Arguments of `apply_chat_template` that say what becomes of the prompt.
@@ -17,6 +17,13 @@ NOT_SHOWN = (
     "tokenize", "return_dict", "return_tensors", "continue_final_message", "return_assistant_tokens_mask",
     "processor_kwargs", "load_audio_from_video",
 )  # fmt: skip
+
+
+class InChat:
+    """A picture that has been read, in a chat message, where newer versions of transformers take dataclasses apart."""
+
+    def __init__(self, picture: Picture) -> None:
+        self.picture = picture
 
 
 class FilaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -96,6 +103,9 @@ class FilaProcessor(LlavaNextProcessor):
             raise ValueError(f"expected a list of messages, got {conversation!r}")
         batched = isinstance(conversation[0], (list, tuple))
         checked = [[checked_message(m) for m in c] for c in (conversation if batched else [conversation])]
+        for part in (part for c in checked for m in c if isinstance(m.get("content"), list) for part in m["content"]):
+            if isinstance(part.get("image"), Picture):
+                part["image"] = InChat(part["image"])
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         source = templates.get(chat_template or "default", chat_template)
         if isinstance(source, str):
@@ -122,6 +132,7 @@ class FilaProcessor(LlavaNextProcessor):
         def read(source: Any) -> Any:
             if isinstance(source, (list, tuple)):
                 return [read(item) for item in source]
+            source = source.picture if isinstance(source, InChat) else source
             found = [load_picture(item, input_data_format=order, max_side=max_side) for item in flatten_images(source)]
             return found if len(found) != 1 else found[0]
 
