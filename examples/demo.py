@@ -32,6 +32,10 @@ QUESTIONS = (
     Question("chart.png", "What is below the triangle?", "64"),
     Question("scan.jpg", "What is the invoice number?", "88213"),
     Question("scan.jpg", "What is the amount due?", "940.50"),
+    Question("ticket.png", "What is the seat?", "14C"),
+    Question("ticket.png", "When does it depart?", "09:35"),
+    Question("prices.png", "What is the price of Mango?", "2.10"),
+    Question("letter.png", "Who is the letter to?", "Selma"),
 )
 HEADINGS = ("picture", "question", "answer", "expected", "right", "encode s", "total s")
 
