@@ -113,13 +113,13 @@ def test_features_have_llava_next_order_and_count(nano, nano_processor):
     inputs = nano_processor(images=images, text=["<image>"] * 2, padding=True, return_tensors="pt")
     out = nano.get_image_features(**pictures_of(inputs))
     model, geometry = nano.model, nano.config.vision_config.geometry()
-    layouts = [geometry.layout(p.height, p.width) for p in images]
+    layouts, n = [geometry.layout(p.height, p.width) for p in images], geometry.grid
     assert [len(f) for f in out.pooler_output] == [layout.num_tokens for layout in layouts]
     views = model.multi_modal_projector(out.last_hidden_state[:, 1:]).split([layout.num_views for layout in layouts])
-    torch.testing.assert_close(out.pooler_output[1][:64], views[1][0])
-    rows = out.pooler_output[1][64:].view(8, 17, -1)
-    torch.testing.assert_close(rows[:, 16], model.image_newline.expand(8, -1))
-    torch.testing.assert_close(rows[:, 8:16], views[1][2].view(8, 8, -1))
+    torch.testing.assert_close(out.pooler_output[1][: n * n], views[1][0])
+    rows = out.pooler_output[1][n * n :].view(n, 2 * n + 1, -1)
+    torch.testing.assert_close(rows[:, 2 * n], model.image_newline.expand(n, -1))
+    torch.testing.assert_close(rows[:, n : 2 * n], views[1][2].view(n, n, -1))
 
 
 def test_training_reaches_every_parameter(nano_processor):

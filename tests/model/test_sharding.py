@@ -17,7 +17,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing import assert_close
 
 from fila import FilaConfig, FilaForConditionalGeneration, FilaImageProcessor, FilaProcessor, preset
-from fila.configuration import NANO_CANVASES
 from recipes.nano.tokenizer import build_character_tokenizer
 from tests.model.conftest import open_gates
 from tests.model.test_modeling import picture
@@ -31,14 +30,14 @@ STEPS = [
 
 
 def small() -> FilaConfig:
-    """Nano's geometry and tokens in narrow and shallow parts."""
+    """Nano's tokens in narrow and shallow parts, on tiles of 64 pixels."""
     narrow = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     return FilaConfig(
         vision_config=dict(
             vit_config=dict(**narrow, image_size=64, patch_size=8),
             convnext_config=dict(hidden_sizes=[8, 16], depths=[2, 1], patch_size=8),
             vision_feature_layer=-1,
-            image_grid_pinpoints=NANO_CANVASES,
+            image_grid_pinpoints=[[64, 128], [128, 64], [128, 128], [192, 64], [64, 192]],
             high_res_size=128,
         ),
         text_config=dict(**narrow, vocab_size=102, max_position_embeddings=1024),

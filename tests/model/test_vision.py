@@ -9,14 +9,19 @@ from torch.testing import assert_close
 from transformers import CLIPVisionModel
 
 from fila import FilaVisionConfig, FilaVisionModel, cli, inference, preset
-from fila.configuration import NANO_CANVASES
 from fila.fusion import FUSIONS, Fusion
 from tests.model.tiny_checkpoint import save_checkpoint
 
+CANVASES = [[64, 128], [128, 64], [128, 128], [192, 64], [64, 192]]
+
 
 def nano_vision(**fields) -> FilaVisionModel:
+    """fila-nano's encoder on tiles of 64 pixels, which the sizes below are chosen for."""
     config = preset("fila-nano").vision_config.to_dict()
-    return FilaVisionModel(FilaVisionConfig(**{**config, **fields})).eval()
+    config["vit_config"]["image_size"] = 64
+    return FilaVisionModel(
+        FilaVisionConfig(**{**config, "image_grid_pinpoints": CANVASES, "high_res_size": 128, **fields})
+    ).eval()
 
 
 def pictures(model: FilaVisionModel, sizes: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -94,7 +99,7 @@ def test_a_batch_of_all_canvases_equals_each_picture_alone_and_never_reads_paddi
         fusion.alpha.fill_(0.5)
     sizes = [(128, 128), (65, 200), (64, 128), (128, 125), (128, 64), (200, 65), (64, 128)]
     inputs = pictures(model, sizes)
-    assert {model.config.geometry().layout(*s).canvas for s in sizes} == {tuple(c) for c in NANO_CANVASES}
+    assert {model.config.geometry().layout(*s).canvas for s in sizes} == {tuple(c) for c in CANVASES}
     together = model(**inputs).last_hidden_state
     assert torch.isfinite(together).all()
     parts = together.split([model.config.geometry().layout(*s).num_views for s in sizes])
