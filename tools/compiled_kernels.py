@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,7 +58,10 @@ class Kernel:
     registers: int = 0
     stack: int = 0
     ptx: str = ""
+    code: str = ""
     instructions: Counter[str] = field(default_factory=Counter)
+    grid: tuple[int, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the launch, constants too
 
     def count(self, prefix: str) -> int:
         return sum(number for name, number in self.instructions.items() if name.startswith(prefix))
@@ -68,16 +72,20 @@ class Kernel:
         return max(0, max(self.count("STL"), self.count("LDL")) - bool(self.count("DFMA")))
 
     @property
-    def occupancy(self) -> float:
-        """Resident warps of the most a multiprocessor holds, by registers, shared memory and threads."""
+    def resident(self) -> int:
+        """Blocks that a multiprocessor holds, by registers, shared memory and threads."""
         per_warp = -(-self.registers // 8) * 8 * 32
-        blocks = min(
+        return min(
             REGISTERS // (per_warp * self.num_warps),
             SHARED_MEMORY[self.arch] // (self.shared + 1024),
             THREADS[self.arch] // (32 * self.num_warps),
             32,
         )
-        return blocks * self.num_warps * 32 / THREADS[self.arch]
+
+    @property
+    def occupancy(self) -> float:
+        """Resident warps of the most a multiprocessor holds."""
+        return self.resident * self.num_warps * 32 / THREADS[self.arch]
 
 
 class _Driver:
@@ -124,9 +132,11 @@ def compiling(
         label = compiled.metadata.name.removesuffix("_kernel") + (" (one image)" if settings.get("TAIL_M") else "")
         kernel_found = Kernel(
             label, arch, dtype, chosen.pop() if chosen else None, settings["num_warps"], compiled.metadata.shared,
-            getattr(compiled.metadata, "tmem_size", 0) or 0, ptx=compiled.asm["ptx"],
+            getattr(compiled.metadata, "tmem_size", 0) or 0, ptx=compiled.asm["ptx"], grid=grid,
+            arguments=dict(zip(kernel.arg_names, arguments, strict=False)) | settings,
         )  # fmt: skip
-        _disassemble(kernel_found, compiled.asm["cubin"])
+        kernel_found.registers, kernel_found.stack, kernel_found.code = _disassembled(compiled.asm["cubin"])
+        kernel_found.instructions = Counter(_INSTRUCTION.findall(kernel_found.code))
         found.append(kernel_found)
 
     with (
@@ -141,25 +151,24 @@ def compiling(
             driver._active = None
 
 
-def _disassemble(kernel: Kernel, cubin: bytes) -> None:
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+
+
+@lru_cache(maxsize=256)
+def _disassembled(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, bytes of stack, and the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [str(BINARIES / "cuobjdump"), "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        code = subprocess.run(
-            [str(BINARIES / "nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
+
+        def told(*command: str) -> str:
+            tool = str(BINARIES / command[0])
+            return subprocess.run([tool, *command[1:], file.name], capture_output=True, text=True, check=True).stdout
+
+        usage, code = told("cuobjdump", "--dump-resource-usage"), told("nvdisasm", "-c")
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert numbers is not None, usage
-    kernel.registers, kernel.stack = int(numbers[1]), int(numbers[2])
-    kernel.instructions = Counter(
-        re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
-    )
+    return int(numbers[1]), int(numbers[2]), code
 
 
 def least_products(kernel: Kernel) -> int:
