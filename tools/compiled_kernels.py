@@ -260,8 +260,8 @@ def other_launches(call: Call) -> None:
     """The kernels other than products, and the tiles that one image alone takes."""
     shape, dtype = call.shape, call.tokens.dtype
     samples = torch.empty((shape.tiles, 577, shape.feature_width), dtype=dtype)[:, 1:]
-    crop_resize.crop_resize_fwd(call.features, call.boxes, call.image_index, 24, samples)
-    tables = crop_resize.crop_tables(call.boxes, call.image_index, 24, (shape.images, shape.height, shape.width), True)
+    tables = crop_resize.crop_tables(call.boxes, call.image_index, 24, shape.maps, True)
+    crop_resize.crop_resize_fwd(call.features, tables, call.image_index, 24, samples)
     grad = samples.unflatten(1, (24, 24))
     crop_resize.crop_resize_bwd(grad, tables, 24, torch.empty_like(call.features), call.alpha)
     flat, branch = torch.empty_like(call.tokens), torch.empty((shape.samples, shape.token_width), dtype=dtype)

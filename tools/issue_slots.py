@@ -142,40 +142,35 @@ def samples_of_cells(boxes: Tensor, size: int, maps: tuple[int, int]) -> tuple[T
 
 
 def gather_cost(kernel: Kernel, workload: Workload) -> Cost:
-    """The transpose's: a block of cells visits every tile of its map, and walks the samples of those that touch it."""
+    """The transpose's: a block of a row's cells asks every tile of its map, and walks the samples of those in its row."""
     names = kernel.arguments
     code, warps = code_of(kernel.code), kernel.num_warps
     (visit,) = code.loops.inner
-    walks = visit.inner
-    rows, columns = samples_of_cells(workload.boxes(), workload.grid, (workload.side, workload.side))
-    first = [i for i, image in enumerate(workload.image_index().tolist()) if image == 0]
-    block, blocks_c = names["BLOCK_CELLS"], ceil_div(names["channels"] * names["VECTOR"], names["BLOCK_C"])
-    missed, taken, steps_y, steps_xy = 0, 0, 0, 0
-    for tile in first:
-        y, x = rows[tile], columns[tile]
-        cells = torch.stack([y[:, None].expand(-1, len(x)), x[None, :].expand(len(y), -1)]).flatten(1)
-        cells = torch.where((cells > 0).all(0), cells, 0)
-        padded = torch.nn.functional.pad(cells, (0, -cells.shape[1] % block)).unflatten(1, (-1, block))
-        most_y, most_x = padded.amax(2)
-        missed += int((most_y == 0).sum())
-        taken += int((most_y > 0).sum())
-        steps_y += int(most_y.sum())
-        steps_xy += int((most_y * most_x).sum())
-    (walk_y,) = walks
+    (walk_y,) = visit.inner
     (walk_x,) = walk_y.inner
-    programs = math.prod(kernel.grid)
-    each = workload.images * blocks_c * warps
+    rows, columns = samples_of_cells(workload.boxes(), workload.grid, (workload.side, workload.side))
+    block, channels = names["BLOCK_CELLS"], names["channels"] * names["VECTOR"]
+    padded = torch.nn.functional.pad(columns, (0, -columns.shape[1] % block)).unflatten(1, (-1, block))
+    most = padded.amax(2)  # samples of a block's cells, one after the other
+    first = workload.image_index() == 0
+    most, rows = most[first], rows[first]
+    blocks_x = most.shape[1]
+    missed = int((rows == 0).sum()) * blocks_x
+    taken = int((rows > 0).sum()) * blocks_x
+    steps_y = int(rows.sum()) * blocks_x
+    steps_xy = int((rows.sum(1) * most.sum(1)).sum())
+    each = workload.images * ceil_div(channels, names["BLOCK_C"]) * warps
 
     def counted(prefix: str) -> float:
         def once(loop: Loop, longest: bool = True) -> float:
             return code.count(lambda _: 0.0, loop, longest, prefix)
 
-        base = once(code.loops) * programs * warps
+        base = once(code.loops) * math.prod(kernel.grid) * warps
         return base + each * (
             missed * once(visit, False) + taken * once(visit) + steps_y * once(walk_y) + steps_xy * once(walk_x)
         )
 
-    return Cost(counted(""), counted("MUFU"), workload.images * workload.side**2 * names["channels"] * names["VECTOR"])
+    return Cost(counted(""), counted("MUFU"), workload.images * workload.side**2 * channels)
 
 
 def cost_of(kernel: Kernel, workload: Workload) -> Cost:

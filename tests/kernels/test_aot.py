@@ -82,10 +82,10 @@ def test_accesses_are_as_wide_as_the_channels_allow(channels, size):
     call, found = example(channels=channels, tiles=5), []
     samples = torch.empty((5, 24, 24, channels), dtype=torch.bfloat16)
     with compiling(90, found):
-        crop_resize.crop_resize_fwd(call.features, call.boxes, call.image_index, 24, samples.flatten(1, 2))
         tables = crop_resize.crop_tables(call.boxes, call.image_index, 24, (1, 48, 48), True)
+        crop_resize.crop_resize_fwd(call.features, tables, call.image_index, 24, samples.flatten(1, 2))
         crop_resize.crop_resize_bwd(samples, tables, 24, torch.empty_like(call.features))
-    for kernel in (found[0], found[2]):
+    for kernel in found[1:]:
         wide = {name for name in (".128", ".64", ".U16", "") if kernel.instructions[f"STG.E{name}"]}
         assert wide == {size}, kernel.instructions
         assert kernel.instructions[f"LDG.E{size}"], kernel.instructions

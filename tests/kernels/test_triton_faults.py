@@ -61,12 +61,12 @@ def test_crop_resize(planted, guards, old, new):  # noqa: F811
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        (epilogue, "tl.store(p_rows, fused.to", "tl.store(p_rows + extent.num_columns, fused.to"),  # one row too far
-        (epilogue, "tl.where(is_patch[:, None], x + gated", "tl.where(row[:, None] >= 0, x + gated"),  # prefix fused
-        (epilogue, "acc * factor * gelu_slope(z)", "acc * factor"),  # no slope
+        (epilogue, "tl.store(p_rows, x.to", "tl.store(p_rows + extent.num_columns, x.to"),  # one row too far
+        (epilogue, "tl.where(is_patch[:, None], passed, 0.0)", "passed"),  # prefix fused
+        (epilogue, "grad = acc * slope", "grad = acc"),  # no slope
         (epilogue, "total = tl.where(is_patch, grad + acc, grad)", "total = acc"),  # the residual lost
         (epilogue, "channel = column - args.token_columns", "channel = column"),  # dS in the place of dX
-        (pointwise, "tl.where(alpha == 0.0, 0.0, alpha * slope)", "slope"),  # the chain rule cut short
+        (pointwise, "branch_grad = alpha * slope", "branch_grad = slope"),  # the chain rule cut short
         (gemm, "(i_split + 1) * each, steps)", "(i_split + 1) * each - 1, steps)"),  # a step of the sum forgotten
         (gemm, "i_m, i_col + half, alpha", "i_m, i_col, alpha"),  # both groups of columns in one place
         (gemm, "if a_2 is not None:", "if False:"),  # the second operand left out
@@ -87,6 +87,7 @@ def test_a_write_beyond_the_buffer(planted):
     found = Guards()
     inputs = CASE.inputs(torch.float32)
     out = found.empty((2, 4, 6), torch.float32)  # two tiles of 2 x 2 samples
-    crop_resize.crop_resize_fwd(inputs["features"], inputs["boxes"], inputs["image_index"], 2, out)
+    tables = crop_resize.crop_tables(inputs["boxes"], inputs["image_index"], 2, (1, 10, 12), False)
+    crop_resize.crop_resize_fwd(inputs["features"], tables, inputs["image_index"], 2, out)
     with pytest.raises(AssertionError, match="wrote beyond its buffer"):
         found.check()

@@ -238,11 +238,13 @@ def supports(config: Config, problem: Problem, device: Device) -> bool:
 def _listed(problem: Problem, device: Device) -> list[Config]:
     """The configs that suit a kind of problem, whether or not this one and this device have room for each."""
     if problem.kernel in GATHERS:
-        columns = min(128, max(16, power_of_two(problem.n)))
-        # With four warps the transpose spills.
-        warps = (8,) if problem.kernel == "crop_resize_backward" else (4, 8)
-        rows = (32, 16, 64) if problem.kernel == "gate_backward" else (16, 32, 8)
-        return [GatherConfig(r, c, w) for w in warps for c in dict.fromkeys((columns, 2 * columns)) for r in rows]
+        whole = problem.n & -problem.n  # the largest power of two that divides the channels: no lane is idle
+        columns = min(128, max(16, whole if whole >= 32 else power_of_two(problem.n)))
+        if problem.kernel == "crop_resize_backward":
+            # Most cells get nothing but their zero: few warps with much to store each.
+            return [GatherConfig(r, min(columns, 64) * w // 4, w) for w in (4, 8) for r in (64, 32, 16)]
+        rows = (32, 16, 64) if problem.kernel == "gate_backward" else (32, 16, 8)
+        return [GatherConfig(r, c, w) for w in (4, 8) for c in dict.fromkeys((columns, 2 * columns)) for r in rows]
     if problem.kernel == "single_pass":
         return list(_single_pass(problem, device))
     if problem.dtype == torch.float32:

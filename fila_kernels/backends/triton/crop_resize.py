@@ -3,7 +3,7 @@
 features [B, h, w, C] of any strides; boxes [T, 4] float32; samples [T, N, C], N = G * G. Neither direction needs
 atomics: a sample has one writer, a cell has one writer, and a cell adds up its samples in a fixed order.
 
-The transpose reads tables that `crop_tables_kernel` makes in one small launch, from the forward pass's own taps:
+Both read tables that `crop_tables_kernel` makes in one small launch; the transpose reads all of them:
 
     taps    [T, 2, G]     int32    lower tap of sample i along y (0) or x (1)
     weights [T, 2, G]     float32  the weight of the cell after it
@@ -26,15 +26,14 @@ from torch import Tensor
 from fila_kernels.backends.triton import host
 from fila_kernels.backends.triton.configs import GatherConfig, Problem, power_of_two
 from fila_kernels.backends.triton.host import blocks
-from fila_kernels.backends.triton.primitives import axis_tap, bilinear, clamped_image, sample_taps, upper_tap
+from fila_kernels.backends.triton.primitives import axis_tap, bilinear, clamped_image, split_rows, upper_tap
 from fila_kernels.call import UNMEASURED, Measured
 
 
 @triton.jit
 def crop_resize_fwd_kernel(
-    p_features, p_boxes, p_index, p_out,
-    num_tiles, images, height, width, channels, size,
-    stride_b, stride_h, stride_w, stride_c, stride_out_t, stride_out_n,
+    p_features, p_taps, p_weights, p_index, p_out,
+    num_tiles, images, channels, size, stride_b, stride_h, stride_w, stride_c, stride_out_t, stride_out_n,
     CHANNELS_FIRST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One block of samples, of any tiles, by one block of channels; channels go fastest."""
@@ -46,15 +45,20 @@ def crop_resize_fwd_kernel(
     row = i_s * BLOCK_S + tl.arange(0, BLOCK_S)
     channel = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     in_rows = row < num_tiles * samples
-    tile = row // samples
-    sample = row % samples
-    top, weight_y, left, weight_x = sample_taps(p_boxes, tile, sample, in_rows, size, height, width)
-    image = clamped_image(p_index, tile, images, in_rows)
-    bottom = (image * stride_b + upper_tap(top, weight_y).to(tl.int64) * stride_h) * VECTOR
-    top = (image * stride_b + top.to(tl.int64) * stride_h) * VECTOR
+    tile, sample = split_rows(row, samples)
+    line, place = split_rows(sample, size)
+    at_y = tile * 2 * size + line
+    at_x = tile * 2 * size + size + place
+    top = tl.load(p_taps + at_y, mask=in_rows, other=0)
+    left = tl.load(p_taps + at_x, mask=in_rows, other=0)
+    weight_y = tl.load(p_weights + at_y, mask=in_rows, other=0.0)
+    weight_x = tl.load(p_weights + at_x, mask=in_rows, other=0.0)
+    p_map = p_features
+    image = clamped_image(p_index, tile, images, in_rows) * stride_b
+    bottom = (image + upper_tap(top, weight_y).to(tl.int64) * stride_h) * VECTOR
+    top = (image + top.to(tl.int64) * stride_h) * VECTOR
     right = upper_tap(left, weight_x).to(tl.int64) * stride_w * VECTOR
     left = left.to(tl.int64) * stride_w * VECTOR
-    p_map = p_features
     if CHANNELS_FIRST:
         # Lanes run along x, where neighbours are near in memory: the tile is [BLOCK_C, BLOCK_S].
         inside = (channel < channels)[:, None] & in_rows[None, :]
@@ -124,8 +128,8 @@ def crop_tables_kernel(
 def tap_weight(p_taps, p_weights, sample, cell, mask):
     """The weight of `cell`, one of the two taps, in `sample`."""
     weight = tl.load(p_weights + sample, mask=mask, other=0.0)
-    is_lower = tl.load(p_taps + sample, mask=mask, other=0) == cell
-    return tl.where(mask, tl.where(is_lower, 1.0 - weight, weight), 0.0)
+    is_lower = tl.load(p_taps + sample, mask=mask, other=-1) == cell  # beyond the mask no cell is
+    return tl.where(is_lower, 1.0 - weight, weight)
 
 
 @triton.jit
@@ -134,53 +138,50 @@ def crop_resize_bwd_kernel(
     height, width, channels, size, stride_t, stride_y, stride_x, stride_c,
     VECTOR: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One block of cells of one map by one block of channels; cells that no sample reads get their zero here."""
+    """One block of a row's cells by one block of channels; program (block, row, map).
+
+    Cells that no sample reads get their zero here. Most rows of a large map are not touched by most tiles: a tile is
+    asked for the row, one number for the whole block, before anything is loaded for its cells.
+    """
     channels = channels * VECTOR
     blocks_c = tl.cdiv(channels, BLOCK_C)
-    blocks_cells = tl.cdiv(height * width, BLOCK_CELLS)
-    i_c = tl.program_id(0) % blocks_c
-    i_cells = tl.program_id(0) // blocks_c % blocks_cells
-    i_b = tl.program_id(0) // blocks_c // blocks_cells
-    cell = i_cells * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
-    channel = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_map = cell < height * width
+    y = tl.program_id(1)
+    i_b = tl.program_id(2)
+    x = tl.program_id(0) // blocks_c * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
+    channel = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_row = x < width
     in_channels = channel < channels
-    y = cell // width
-    x = cell % width
     total = tl.zeros((BLOCK_CELLS, BLOCK_C), dtype=tl.float32)
     past = height + width  # from a cell's first sample to its last in `ranges`
+    p_channels = p_grad + channel.to(tl.int64) * stride_c
     for slot in range(tl.load(p_bounds + i_b), tl.load(p_bounds + i_b + 1)):
-        i_t = tl.load(p_order + slot).to(tl.int64)
-        p_range = p_ranges + i_t * 2 * past
-        first_y = tl.load(p_range + y, mask=in_map, other=0)
-        count_y = tl.load(p_range + past + y, mask=in_map, other=0) - first_y
-        first_x = tl.load(p_range + height + x, mask=in_map, other=0)
-        count_x = tl.load(p_range + past + height + x, mask=in_map, other=0) - first_x
-        # A cell that no row or no column of samples reaches is left out of both loops.
-        touched = (count_y > 0) & (count_x > 0)
-        most_y = tl.max(tl.where(touched, count_y, 0), 0)
-        most_x = tl.max(tl.where(touched, count_x, 0), 0)
-        p_axis = p_taps + i_t * 2 * size
-        p_axis_weights = p_weights + i_t * 2 * size
-        for step_y in range(most_y):
-            sample_y = first_y + step_y
-            reads_y = touched & (step_y < count_y)
-            weight_y = tap_weight(p_axis, p_axis_weights, sample_y, y, reads_y)
-            p_row = p_grad + (i_t * stride_t + sample_y.to(tl.int64) * stride_y) * VECTOR
-            for step_x in range(most_x):
-                sample_x = first_x + step_x
-                reads = reads_y & (step_x < count_x)
-                weight = weight_y * tap_weight(p_axis + size, p_axis_weights + size, sample_x, x, reads)
-                p_sample = p_row + sample_x.to(tl.int64) * stride_x * VECTOR
-                p_samples = p_sample[:, None] + channel.to(tl.int64)[None, :] * stride_c
-                wanted = reads[:, None] & in_channels[None, :]
-                total += weight[:, None] * tl.load(p_samples, mask=wanted, other=0.0).to(tl.float32)
+        i_t = tl.load(p_order + slot)
+        p_range = p_ranges + i_t.to(tl.int64) * 2 * past
+        first_y = tl.load(p_range + y)
+        end_y = tl.load(p_range + past + y)
+        if first_y < end_y:
+            first_x = tl.load(p_range + height + x, mask=in_row, other=0)
+            count_x = tl.load(p_range + past + height + x, mask=in_row, other=0) - first_x
+            most_x = tl.max(count_x, 0)
+            at_y = i_t.to(tl.int64) * 2 * size
+            at_x = at_y + size + first_x
+            for sample_y in range(first_y, end_y):
+                weight_y = tap_weight(p_taps, p_weights, at_y + sample_y, y, True)
+                p_row = p_channels + (i_t.to(tl.int64) * stride_t + tl.cast(sample_y, tl.int64) * stride_y) * VECTOR
+                for step_x in range(most_x):
+                    reads = step_x < count_x
+                    weight = weight_y * tap_weight(p_taps, p_weights, at_x + step_x, x, reads)
+                    offset = (first_x + step_x).to(tl.int64) * stride_x * VECTOR
+                    wanted = reads[:, None] & in_channels[None, :]
+                    b_grad = tl.load(p_row[None, :] + offset[:, None], mask=wanted, other=0.0)
+                    total += weight[:, None] * b_grad.to(tl.float32)
     if p_alpha is not None:
         # A closed gate lets nothing through, not even 0 * NaN.
-        total = tl.where(tl.load(p_alpha).to(tl.float32) == 0.0, 0.0, total)
-    row = i_b.to(tl.int64) * height * width + cell
-    p_cells = p_out + row[:, None] * channels + channel[None, :]
-    tl.store(p_cells, total.to(p_out.dtype.element_ty), mask=in_map[:, None] & in_channels[None, :])
+        if tl.load(p_alpha).to(tl.float32) == 0.0:
+            total = tl.zeros((BLOCK_CELLS, BLOCK_C), dtype=tl.float32)
+    p_line = p_out + (i_b.to(tl.int64) * height + y) * width * channels
+    p_cells = p_line + x.to(tl.int64)[:, None] * channels + channel[None, :]
+    tl.store(p_cells, total.to(p_out.dtype.element_ty), mask=in_row[:, None] & in_channels[None, :])
 
 
 def vector_of(dtype: torch.dtype, channels: int, strides: tuple[int, ...], last: int) -> int:
@@ -199,11 +200,11 @@ class Tables(NamedTuple):
 
 
 def crop_resize_fwd(
-    features: Tensor, boxes: Tensor, image_index: Tensor, size: int, out: Tensor, measured: Measured = UNMEASURED
+    features: Tensor, tables: Tables, image_index: Tensor, size: int, out: Tensor, measured: Measured = UNMEASURED
 ) -> None:
     """Samples into `out` [T, N, C] of any outer strides."""
-    images, height, width, channels = features.shape
-    tiles, samples = boxes.shape[0], size * size
+    images, _, _, channels = features.shape
+    tiles, samples = image_index.shape[0], size * size
     problem = Problem("crop_resize", tiles * samples, channels, 0, features.dtype)
     config = host.choose(problem, features.device, measured)
     assert isinstance(config, GatherConfig)
@@ -213,8 +214,8 @@ def crop_resize_fwd(
     host.run(
         crop_resize_fwd_kernel,
         (blocks(tiles * samples, config.block_rows) * blocks(channels, config.block_columns),),
-        features, boxes.contiguous(), image_index.contiguous(), out,
-        tiles, images, height, width, channels // vector, size, *(stride // vector for stride in strides[:3]), last,
+        features, tables.taps, tables.weights, image_index.contiguous(), out,
+        tiles, images, channels // vector, size, *(stride // vector for stride in strides[:3]), last,
         strides[3] // vector, strides[4] // vector,
         CHANNELS_FIRST=last != 1 and channels > 1, VECTOR=vector,
         BLOCK_S=config.block_rows, BLOCK_C=config.block_columns,
@@ -223,7 +224,7 @@ def crop_resize_fwd(
 
 
 def crop_tables(boxes: Tensor, image_index: Tensor, size: int, maps: tuple[int, int, int], transpose: bool) -> Tables:
-    """Taps and weights of every sample; with `transpose` also the rest, which `crop_resize_bwd` reads."""
+    """Taps and weights of every sample; with `transpose` also the rest, which `crop_resize_bwd` reads too."""
     images, height, width = maps
     tiles = boxes.shape[0]
 
@@ -243,6 +244,12 @@ def crop_tables(boxes: Tensor, image_index: Tensor, size: int, maps: tuple[int, 
     return tables
 
 
+def cells_of(width: int, most: int) -> int:
+    """The largest block of cells whose last one in a row of `width` is not idle by more than a quarter of all."""
+    sizes = [size for size in (most, most // 2, most // 4) if size >= 16] or [most]
+    return next((size for size in sizes if 3 * size * blocks(width, size) <= 4 * width), sizes[-1])
+
+
 def crop_resize_bwd(
     grad: Tensor, tables: Tables, size: int, out: Tensor, alpha: Tensor | None = None, measured: Measured = UNMEASURED
 ) -> None:
@@ -256,11 +263,12 @@ def crop_resize_bwd(
     problem = Problem("crop_resize_backward", images * height * width, channels, 0, out.dtype)
     config = host.choose(problem, out.device, measured)
     assert isinstance(config, GatherConfig)
+    cells = cells_of(width, config.block_rows)
     host.run(
         crop_resize_bwd_kernel,
-        (images * blocks(height * width, config.block_rows) * blocks(channels, config.block_columns),),
+        (blocks(width, cells) * blocks(channels, config.block_columns), height, images),
         grad, *tables, alpha, out, height, width, channels // vector, size, *(n // vector for n in strides), last,
-        VECTOR=vector, BLOCK_CELLS=config.block_rows, BLOCK_C=config.block_columns,
+        VECTOR=vector, BLOCK_CELLS=cells, BLOCK_C=config.block_columns,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -276,7 +284,8 @@ def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int)
     """
     out = features.new_empty((boxes.shape[0], size, size, features.shape[3]))
     with host.device_guard(features.device):
-        crop_resize_fwd(features, boxes, image_index, size, out.flatten(1, 2))
+        tables = crop_tables(boxes, image_index, size, tuple(features.shape[:3]), False)
+        crop_resize_fwd(features, tables, image_index, size, out.flatten(1, 2))
     return out
 
 

@@ -31,23 +31,26 @@ def _dense_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _sampled(call: Call) -> Tensor:
+def _tables(call: Call, transpose: bool) -> Tables:
+    return crop_tables(call.boxes, call.image_index, call.shape.grid, call.shape.maps, transpose)
+
+
+def _sampled(call: Call, tables: Tables) -> Tensor:
     """S [T, L, C]; its prefix rows are left as they are."""
     s = _scratch(call, call.shape.feature_width)
     samples = s[:, call.shape.prefix :]
-    crop_resize_fwd(call.features, call.boxes, call.image_index, call.shape.grid, samples, call.plan.configs)
+    crop_resize_fwd(call.features, tables, call.image_index, call.shape.grid, samples, call.plan.configs)
     return s
 
 
-def _first_layer(call: Call, hidden: Tensor | None, activated: Tensor | None) -> Tensor | None:
+def _first_layer(call: Call, tables: Tables, hidden: Tensor | None, activated: Tensor | None) -> Tensor | None:
     """Z and A by the forward plan; returns S where that samples first."""
     if call.plan.forward != "project_first":
-        s = _sampled(call)
+        s = _sampled(call, tables)
         gemm.fc1(call, s, hidden, activated)
         return s
     # R(F) W' = R(F W'), and a constant passes through R unchanged. The plain product is the vendor library's.
     projected = torch.addmm(call.fc1_bias, call.features.reshape(-1, call.shape.feature_width), call.weight_s.t())
-    tables = crop_tables(call.boxes, call.image_index, call.shape.grid, call.shape.maps, False)
     gemm.fc1_projected(call, projected, tables.taps, tables.weights, hidden, activated)
     return None
 
@@ -66,11 +69,15 @@ def _backward(
     results: list[Tensor | None] = [None] * 7
     needs_hidden_grad = needs.inner or (needs.alpha and not product)
     needs_branch = branch is None and (product or needs.alpha) and any(needs)
-    activated = sampled = None
-    if hidden is None and (needs_branch or needs_hidden_grad or needs.fc2_weight):
+    activated = sampled = tables = None
+    again = hidden is None and (needs_branch or needs_hidden_grad or needs.fc2_weight)
+    if again or needs.features or needs.fc1_weight:
+        tables = _tables(call, needs.features or (needs.fc1_weight and call.plan.weight_gradient == "project_first"))
+    if again:
+        assert tables is not None
         hidden = call.fc1_weight.new_empty((shape.samples, shape.hidden_width))
         activated = _scratch(call, shape.hidden_width) if needs_branch else None
-        sampled = _first_layer(call, hidden, activated)
+        sampled = _first_layer(call, tables, hidden, activated)
     if activated is None and (needs_branch or (needs.fc2_weight and not needs_hidden_grad)):
         assert hidden is not None
         activated = _scratch(call, shape.hidden_width)
@@ -112,20 +119,18 @@ def _backward(
         gemm.weight_gradient(call, *rows, weight_grad, "parameter" if product else "scaled")
     del branch_grad, activated
     if hidden_grad is not None:
-        _inner_gradients(call, grad, hidden_grad, sampled, needs, results)
+        _inner_gradients(call, grad, hidden_grad, sampled, tables, needs, results)
     return results
 
 
 def _inner_gradients(
-    call: Call, grad: Tensor, hidden_grad: Tensor, sampled: Tensor | None, needs: Needs, results: list[Tensor | None]
-) -> None:
+    call: Call, grad: Tensor, hidden_grad: Tensor, sampled: Tensor | None, tables: Tables | None, needs: Needs,
+    results: list[Tensor | None],
+) -> None:  # fmt: skip
     """The gradients that follow from dZ [T, L, H]: tokens, features and fc1's weight."""
     shape, plan = call.shape, call.plan
     weight_projects = needs.fc1_weight and plan.weight_gradient == "project_first"
     feature_projects = needs.features and plan.feature_gradient == "project_first"
-    tables = None
-    if needs.features or weight_projects:
-        tables = crop_tables(call.boxes, call.image_index, shape.grid, shape.maps, True)
     tokens_grad = _dense_like(call.tokens) if needs.tokens else None
     sampled_grad = _scratch(call, shape.feature_width) if needs.features and not feature_projects else None
     if tokens_grad is not None or sampled_grad is not None:
@@ -154,7 +159,8 @@ def _inner_gradients(
             cells = call.features.reshape(1, -1, shape.feature_width)
             rows = gathered.view(1, -1, shape.hidden_width), cells
         else:  # dW1s = dZ' S
-            rows = inner, (_sampled(call) if sampled is None else sampled)[:, shape.prefix :]
+            assert tables is not None
+            rows = inner, (_sampled(call, tables) if sampled is None else sampled)[:, shape.prefix :]
         gemm.weight_gradient(call, *rows, weight_grad[:, shape.token_width :])
         results[2] = weight_grad
 
@@ -162,8 +168,8 @@ def _inner_gradients(
 def forward(call: Call, hidden: Tensor | None, branch: Tensor | None) -> Tensor:
     """Computes the fused tokens [T, L, D] by the call's forward plan.
 
-    The launches are, for "sample_first": crop and resize, fc1, fc2; for "project_first": the projection by the vendor
-    library, the taps' tables, fc1, fc2; for "single_pass": one.
+    The launches are, for "sample_first": the taps' tables, crop and resize, fc1, fc2; for "project_first": the
+    tables, the projection by the vendor library, fc1, fc2; for "single_pass": one.
 
     Args:
         call: validated arguments, on one device, and the plan with its measured configs.
@@ -176,7 +182,7 @@ def forward(call: Call, hidden: Tensor | None, branch: Tensor | None) -> Tensor:
             single_pass(call, out, hidden, branch)
             return out
         activated = _scratch(call, call.shape.hidden_width)
-        _first_layer(call, hidden, activated)
+        _first_layer(call, _tables(call, False), hidden, activated)
         gemm.fc2(call, activated, out, branch)
     return out
 

@@ -26,9 +26,10 @@ from fila_kernels.backends.triton.primitives import (
     clamped_image,
     gated,
     gelu,
-    gelu_slope,
+    gelu_and_slope,
+    precise_tanh,
     row_offsets,
-    tanh,
+    split_rows,
     token_rows,
     upper_tap,
 )
@@ -101,7 +102,8 @@ def _store_hidden(z, row, column, extent, args):
     if args.p_activated is not None:
         inside = (row < extent.num_rows)[:, None] & in_columns[None, :]
         p_rows = at(args.p_activated, row, extent.num_columns, column)
-        tl.store(p_rows, gelu(z).to(args.p_activated.dtype.element_ty), mask=inside)
+        activated = gelu(z, args.p_activated.dtype.element_ty == tl.float32)
+        tl.store(p_rows, activated.to(args.p_activated.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -150,30 +152,38 @@ def fc2_fwd(acc, row, i_m, i_col, alpha, extent, args):
         inside = (row < extent.num_rows)[:, None] & in_columns[None, :]
         offsets = row_offsets(row, extent.length, args.stride_t, args.stride_l)
         x = tl.load(args.p_tokens + offsets[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        fused = tl.where(is_patch[:, None], x + gated(branch, alpha, args.PRODUCT), x)
+        if alpha != 0.0:  # a closed gate lets nothing through, whatever the branch holds
+            passed = gated(branch, alpha, args.PRODUCT, args.p_bias.dtype.element_ty == tl.float32)
+            x += tl.where(is_patch[:, None], passed, 0.0)
         p_rows = at(args.p_out, row, extent.num_columns, column)
-        tl.store(p_rows, fused.to(args.p_out.dtype.element_ty), mask=inside)
+        tl.store(p_rows, x.to(args.p_out.dtype.element_ty), mask=inside)
     return 0.0
 
 
 @triton.jit
 def hidden_grad(acc, row, i_m, i_col, alpha, extent, args):
-    """Returns sum dA A by rows, the scale gate's part of alpha's gradient."""
+    """Returns sum dA A by rows, the scale gate's part of alpha's gradient.
+
+    On rows that are not patch tokens dM is zero, and so is what is made of it. Under a closed gate acc may hold anything,
+    and none of it is used.
+    """
     column = i_col + tl.arange(0, acc.shape[1])
     in_columns = column < extent.num_columns
     _, _, sample, is_patch = token_rows(row, extent.num_rows, extent.length, extent.prefix)
     inside = is_patch[:, None] & in_columns[None, :]
     written = (row < extent.num_rows)[:, None] & in_columns[None, :]
     z = tl.load(at(args.p_hidden, sample, extent.num_columns, column), mask=inside, other=0.0).to(tl.float32)
-    activated = gelu(z)
-    # Under a closed gate, and on rows that are not patch tokens, acc may hold anything: none of it is used.
-    counts = tl.where(inside, alpha, 0.0) != 0.0
-    dot = tl.sum(tl.where(counts, acc * activated, 0.0), 1)
+    activated, slope = gelu_and_slope(z, args.p_hidden.dtype.element_ty == tl.float32)
     offsets = (row.to(tl.int64) * extent.num_columns)[:, None] + column[None, :]
     if args.p_activated is not None:
         tl.store(args.p_activated + offsets, activated.to(args.p_activated.dtype.element_ty), mask=written)
-    factor = 1.0 if args.PRODUCT else tanh(alpha)
-    grad = tl.where(counts, acc * factor * gelu_slope(z), 0.0)
+    factor = alpha if args.PRODUCT else precise_tanh(alpha)
+    if factor == 0.0:
+        acc = tl.zeros(acc.shape, dtype=tl.float32)
+    dot = tl.sum(acc * activated, 1)
+    grad = acc * slope
+    if not args.PRODUCT:
+        grad *= factor
     if args.p_bias_sums is not None:
         tl.store(args.p_bias_sums + i_m * extent.num_columns + column, tl.sum(grad, 0), mask=in_columns)
     if args.p_hidden_grad is not None:
@@ -186,14 +196,16 @@ def input_grad(acc, row, i_m, i_col, alpha, extent, args):
     """A tile may hold the last columns of dX and the first of dS: each part is written where it has columns."""
     column = i_col + tl.arange(0, acc.shape[1])
     in_rows = (row < extent.num_rows)[:, None]
-    acc = tl.where(alpha == 0.0, 0.0, acc)
+    if alpha == 0.0:
+        acc = tl.zeros(acc.shape, dtype=tl.float32)
     # The test of a constant stands outside: what is beneath it may be no pointer.
     if args.p_tokens_grad is not None:  # noqa: SIM102
         if i_col < args.token_columns:
             inside = in_rows & (column < args.token_columns)[None, :]
             offsets = row_offsets(row, extent.length, args.stride_t, args.stride_l)
             grad = tl.load(args.p_grad + offsets[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            is_patch = (row % extent.length >= extent.prefix)[:, None]
+            _, place = split_rows(row, extent.length)
+            is_patch = (place >= extent.prefix)[:, None]
             total = tl.where(is_patch, grad + acc, grad)
             p_rows = at(args.p_tokens_grad, row, args.token_columns, column)
             tl.store(p_rows, total.to(args.p_tokens_grad.dtype.element_ty), mask=inside)

@@ -21,8 +21,8 @@ from fila_kernels.backends.triton.primitives import (
     at,
     finite_or_zero,
     gelu,
+    precise_tanh,
     row_offsets,
-    tanh,
     tanh_slope,
     token_rows,
 )
@@ -50,12 +50,15 @@ def gate_bwd_kernel(
         # Under the scale gate M is computed, and read, only if the gate is closed.
         seen = inside if PRODUCT else tl.where(inside, alpha, 1.0) == 0.0
         branch = tl.load(at(p_branch, sample, token_width, column), mask=seen, other=0.0).to(tl.float32)
-        branch = tl.where(alpha == 0.0, finite_or_zero(branch), branch)
+        if alpha == 0.0:
+            branch = finite_or_zero(branch)
     if PRODUCT:
-        slope = tanh_slope(alpha * branch) * grad
+        slope = tanh_slope(alpha * branch, p_branch.dtype.element_ty == tl.float32) * grad
         # An infinite entry has saturated the gate; a NaN stays one.
         felt = tl.where(tl.abs(branch) == float("inf"), 0.0, branch)
-        branch_grad = tl.where(alpha == 0.0, 0.0, alpha * slope)
+        branch_grad = alpha * slope
+        if alpha == 0.0:
+            branch_grad = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     else:
         slope = grad
         if p_alpha_sums is not None:
@@ -64,7 +67,8 @@ def gate_bwd_kernel(
             felt = tl.where(alpha == 0.0, branch, bias[None, :])
         branch_grad = grad
     if p_alpha_sums is not None:
-        tl.store(p_alpha_sums + tl.program_id(0), tl.sum(tl.sum(tl.where(inside, slope * felt, 0.0), 1), 0))
+        # Beyond the patch tokens dY was read as zero.
+        tl.store(p_alpha_sums + tl.program_id(0), tl.sum(tl.sum(slope * felt, 1), 0))
     if p_bias_sums is not None:
         tl.store(p_bias_sums + i_m * token_width + column, tl.sum(branch_grad, 0), mask=in_columns)
     if p_branch_grad is not None:
@@ -85,8 +89,9 @@ def gelu_fwd_kernel(
     _, _, sample, is_patch = token_rows(row, num_rows, length, prefix)
     inside = is_patch[:, None] & in_columns[None, :]
     z = tl.load(at(p_hidden, sample, hidden_width, column), mask=inside, other=0.0).to(tl.float32)
-    p_rows = at(p_activated, row, hidden_width, column)
-    tl.store(p_rows, gelu(z).to(p_activated.dtype.element_ty), mask=(row < num_rows)[:, None] & in_columns[None, :])
+    activated = gelu(z, p_hidden.dtype.element_ty == tl.float32)
+    written = (row < num_rows)[:, None] & in_columns[None, :]
+    tl.store(at(p_activated, row, hidden_width, column), activated.to(p_activated.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -95,9 +100,9 @@ def factored(total, alpha, FACTOR: tl.constexpr):
     if FACTOR == "parameter":
         total = tl.where(alpha == 0.0, 0.0, total)
     elif FACTOR == "scaled":
-        total = tl.where(alpha == 0.0, 0.0, total * tanh(alpha))
+        total = tl.where(alpha == 0.0, 0.0, total * precise_tanh(alpha))
     elif FACTOR == "slope":
-        total = total * tanh_slope(alpha)
+        total = total * tanh_slope(alpha, True)
     return total
 
 

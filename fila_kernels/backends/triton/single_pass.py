@@ -63,7 +63,7 @@ def single_pass_fwd_kernel(
     if p_hidden is not None:
         p_rows = at(p_hidden, sample, hidden_width, hidden)
         tl.store(p_rows, acc.to(p_hidden.dtype.element_ty), mask=is_patch[:, None] & in_hidden[None, :])
-    activated = gelu(acc).to(p_w2.dtype.element_ty)
+    activated = gelu(acc, p_w2.dtype.element_ty == tl.float32).to(p_w2.dtype.element_ty)
     alpha = tl.load(p_alpha).to(tl.float32)
     for i_col in tl.range(0, extent.num_columns, BLOCK_N):
         column = i_col + tl.arange(0, BLOCK_N)
