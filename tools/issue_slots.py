@@ -142,7 +142,7 @@ def samples_of_cells(boxes: Tensor, size: int, maps: tuple[int, int]) -> tuple[T
 
 
 def gather_cost(kernel: Kernel, workload: Workload) -> Cost:
-    """The transpose's: a block of a row's cells asks every tile of its map, and walks the samples of those in its row."""
+    """The transpose's: a block of a row's cells asks every tile of its map and walks the samples of that row."""
     names = kernel.arguments
     code, warps = code_of(kernel.code), kernel.num_warps
     (visit,) = code.loops.inner
@@ -263,7 +263,8 @@ def row_of(kernel: Kernel, workload: Workload) -> Row:
         "instructions": sum(kernel.instructions.values()), "slots": round(cost.slots),
         "slots_per_output": f"{cost.slots * 32 / cost.outputs:.2f}", "mma_us": f"{mma / CLOCK * 1e6:.2f}",
         "issue_us": f"{issue / CLOCK * 1e6:.2f}", "mufu_us": f"{mufu / CLOCK * 1e6:.2f}", "epilogue_share": share,
-        "hidden": hidden, "megabytes": f"{memory * BANDWIDTH / 1e6:.2f}", "sectors_per_request": f"{sectors(kernel):.1f}",
+        "hidden": hidden, "megabytes": f"{memory * BANDWIDTH / 1e6:.2f}",
+        "sectors_per_request": f"{sectors(kernel):.1f}",
         "memory_us": f"{memory * 1e6:.2f}", "predicted_us": f"{seconds * 1e6:.2f}",
         "bound": "memory" if seconds == memory else bound,
     }  # fmt: skip

@@ -124,7 +124,7 @@ class Code:
     def loops(self) -> Loop:
         """The whole kernel as a loop of one trip, with its loops inside."""
         every = frozenset(self._reached)
-        dominators = {block: every for block in every}
+        dominators = dict.fromkeys(every, every)
         dominators[0] = frozenset({0})
         changed = True
         while changed:

@@ -1,7 +1,7 @@
 """GELU, tanh and their derivatives over every finite input of 16 bits: no further from the truth than PyTorch's.
 
-A distance is counted in steps between neighbouring numbers of the output's dtype. PyTorch computes in float32 and rounds;
-where it is right everywhere, one input in a thousand may be rounded to the other neighbour.
+A distance is counted in steps between neighbouring numbers of the output's dtype. PyTorch computes in float32 and
+rounds; where it is right everywhere, one input in a thousand may be rounded to the other neighbour.
 """
 
 import pytest

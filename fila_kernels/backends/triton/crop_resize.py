@@ -175,7 +175,7 @@ def crop_resize_bwd_kernel(
                     wanted = reads[:, None] & in_channels[None, :]
                     b_grad = tl.load(p_row[None, :] + offset[:, None], mask=wanted, other=0.0)
                     total += weight[:, None] * b_grad.to(tl.float32)
-    if p_alpha is not None:
+    if p_alpha is not None:  # noqa: SIM102
         # A closed gate lets nothing through, not even 0 * NaN.
         if tl.load(p_alpha).to(tl.float32) == 0.0:
             total = tl.zeros((BLOCK_CELLS, BLOCK_C), dtype=tl.float32)

@@ -164,8 +164,8 @@ def fc2_fwd(acc, row, i_m, i_col, alpha, extent, args):
 def hidden_grad(acc, row, i_m, i_col, alpha, extent, args):
     """Returns sum dA A by rows, the scale gate's part of alpha's gradient.
 
-    On rows that are not patch tokens dM is zero, and so is what is made of it. Under a closed gate acc may hold anything,
-    and none of it is used.
+    On rows that are not patch tokens dM is zero, and so is what is made of it. Under a closed gate acc may hold
+    anything, and none of it is used.
     """
     column = i_col + tl.arange(0, acc.shape[1])
     in_columns = column < extent.num_columns
