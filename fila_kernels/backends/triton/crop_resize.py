@@ -284,7 +284,8 @@ def crop_resize(features: Tensor, boxes: Tensor, image_index: Tensor, size: int)
     """
     out = features.new_empty((boxes.shape[0], size, size, features.shape[3]))
     with host.device_guard(features.device):
-        tables = crop_tables(boxes, image_index, size, tuple(features.shape[:3]), False)
+        images, height, width, _ = features.shape
+        tables = crop_tables(boxes, image_index, size, (images, height, width), False)
         crop_resize_fwd(features, tables, image_index, size, out.flatten(1, 2))
     return out
 
