@@ -207,3 +207,14 @@ def test_a_row_whose_only_record_is_broken_is_empty_and_the_corpus_of_broken_one
         Lane(corpus, 0, 1).plan()
     with pytest.raises(RecordError, match="at most 3 tokens"):
         make_corpus(write_llava(tmp_path, 3), processor, length=3).encode(0)
+
+
+def test_rows_of_the_recipes_leave_less_than_three_percent_of_a_simulated_mixture(capsys):
+    from bench import packing
+
+    packing.main(["--records", "3000"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "packed into 8192" in line)
+    _, how, _, padded, tiles, _ = (part.strip() for part in line.split("|"))
+    assert "too long" not in how
+    assert float(padded.removesuffix("%")) < 3
+    assert tiles == "0"
