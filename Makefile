@@ -65,7 +65,7 @@ format: setup ## rewrite sources in the project's format
 bench: setup ## run the benchmarks of bench/
 	$(RUN) -m bench.run $(ARGS)
 
-gpu: ## on a machine with an NVIDIA GPU: correctness, tuning, benchmarks, end to end (no set-up, no network)
+gpu: ## on a machine with an NVIDIA GPU: correctness, tuning, benchmarks, in runs of nine minutes (no set-up, no network)
 	@PYTHONPATH=. $(PYTHON) -m tools.gpu $(ARGS)
 
 train-nano: setup ## train fila-nano from nothing into runs/nano (hours on a CPU; goes on where it stopped)

@@ -1,7 +1,8 @@
 """`crop_resize` alone: this package's backends against slices, F.grid_sample and roi_align, and against atomics.
 
-`backward` is the gather from dS to dF by itself, `scattered` the same sum with atomics on a GPU. All take rounded
-boxes. PyTorch and torchvision place samples in the map's dtype or in float32, which costs them up to 20 times the
+`backward` is the gather from dS to dF by itself, `scattered` the same sum with atomics on a GPU. `..._graph` is a
+kernel alone in a CUDA graph, without the host's time, for the goals that are about kernels. All take rounded boxes.
+PyTorch and torchvision place samples in the map's dtype or in float32, which costs them up to 20 times the
 error of the definition in the same dtype; the gate therefore judges them on float64 maps.
 """
 
@@ -18,10 +19,11 @@ from bench.roofline import crop_resize_work
 from bench.variants import BACKENDS, backend_obstacle
 from bench.verify import Gate
 from bench.workloads import SUITES, Workload, default_suite
-from fila_kernels import crop_resize, reference
+from fila_kernels import crop_resize, dispatch, reference
 
 DIRECTIONS = ("forward", "backward")
 LIBRARIES = ("sliced", "tapped", "grid_sample", "roi_align")
+GRAPH = "_graph"
 
 
 def variants(device: torch.device, direction: str, names: Sequence[str] = ()) -> dict[str, str | None]:
@@ -30,6 +32,8 @@ def variants(device: torch.device, direction: str, names: Sequence[str] = ()) ->
     found: dict[str, str | None] = dict.fromkeys((*LIBRARIES, *scattered))
     found["roi_align"] = baselines.torchvision_obstacle()
     found |= {name: backend_obstacle(name, device) for name in BACKENDS}
+    no_graph = None if device.type == "cuda" else "a CUDA graph needs a CUDA device"
+    found |= {name + GRAPH: no_graph or found[name] for name in (*scattered, *BACKENDS)}
     return {name: found[name] for name in found if not names or name in names}
 
 
@@ -48,6 +52,7 @@ def comparison(workload: Workload, direction: str, device: torch.device, names: 
     maps = [inputs["features"] for inputs in sets]
     grads = [torch.randn(workload.tiles, size, size, workload.channels, device=device).to(m.dtype) for m in maps]
 
+    captured = [name + GRAPH for name in BACKENDS]
     whole, lists = (boxes, image_index, size), (edges, images, size)
     resizes: dict[str, Callable[[Tensor], Tensor]] = {
         "definition": lambda features: reference.crop_resize(features, *whole),
@@ -59,6 +64,11 @@ def comparison(workload: Workload, direction: str, device: torch.device, names: 
     }
 
     def call(name: str, features: Tensor, grad: Tensor) -> Step:
+        if direction == "backward" and name in captured:
+            # Autograd would run it on the stream of the forward pass, outside the graph.
+            backend = dispatch.implementation(name.removesuffix(GRAPH))
+            return lambda: backend.crop_resize_backward(grad, boxes, image_index, features.shape[:3])
+        name = name.removesuffix(GRAPH)
         if name == "scattered":
             return lambda: baselines.scattered_backward(grad, boxes, image_index, tuple(features.shape[:3]))
         if direction == "forward":
@@ -78,7 +88,8 @@ def comparison(workload: Workload, direction: str, device: torch.device, names: 
 
     contestants = [
         Contestant(
-            name, lambda index, name=name: call(name, maps[index], grads[index]), ours=name in BACKENDS,
+            name, lambda index, name=name: call(name, maps[index], grads[index]),
+            ours=name in BACKENDS or name in captured, graph=name.endswith(GRAPH),
             judged=partial(in_float64, name) if name in LIBRARIES else None,
         )
         for name in names

@@ -30,19 +30,18 @@ def variants(device: torch.device, direction: str, names: Sequence[str] = ()) ->
 
 
 def comparison(workload: Workload, direction: str, device: torch.device, names: Sequence[str]) -> Comparison:
-    """Every variant on the same random inputs; baselines get the boxes rounded, as lists."""
+    """Every variant on the same random inputs and gradients; baselines get the boxes rounded, as lists."""
     if any(name.startswith("compile") for name in names):
-        # Each workload is a new shape; past its limit of shapes dynamo runs eager without a word.
-        torch._dynamo.reset()
+        forget_compiled(workload)
     sets = [workload.inputs(seed, device) for seed in range(engine.num_sets(workload.input_bytes(), device))]
-    grad = torch.randn_like(sets[0]["tokens"]) if direction != "forward" else None
-    contestants = [_contestant(REGISTRY[name], workload, sets, grad) for name in names]
+    grads = [torch.randn_like(inputs["tokens"]) if direction != "forward" else None for inputs in sets]
+    contestants = [_contestant(REGISTRY[name], workload, sets, grads) for name in names]
 
     def gate():
         @functools.lru_cache(maxsize=1)  # both would fill a GPU; baselines come first
         def of(ours: bool) -> Gate:
             boxes = sets[0]["boxes"]
-            return cvfm_gate(workload, sets[0] | {"boxes": boxes if ours else rounded(boxes)}, grad)
+            return cvfm_gate(workload, sets[0] | {"boxes": boxes if ours else rounded(boxes)}, grads[0])
 
         def verdict(contestant: Contestant, found: Any) -> Verdict:
             return of(contestant.ours)(found)
@@ -56,8 +55,14 @@ def comparison(workload: Workload, direction: str, device: torch.device, names: 
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1)
+def forget_compiled(workload: Workload) -> None:
+    """Forget the graphs of other workloads, once per workload: past its limit of shapes dynamo runs eager silently."""
+    torch._dynamo.reset()
+
+
 def _contestant(
-    variant: Variant, workload: Workload, sets: Sequence[dict[str, Tensor]], grad: Tensor | None
+    variant: Variant, workload: Workload, sets: Sequence[dict[str, Tensor]], grads: Sequence[Tensor | None]
 ) -> Contestant:
     function = functools.cache(variant.make)
 
@@ -76,9 +81,9 @@ def _contestant(
     return Contestant(
         variant.name,
         lambda index: step(
-            function(), arguments(index), workload.wanted, grad, num_prefix_tokens=workload.prefix
+            function(), arguments(index), workload.wanted, grads[index], num_prefix_tokens=workload.prefix
         ),
-        ours=bool(variant.backend), graph=variant.graph, kept=kept if grad is not None else None,
+        ours=bool(variant.backend), graph=variant.graph, kept=kept if grads[0] is not None else None,
     )  # fmt: skip
 
 

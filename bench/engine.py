@@ -1,8 +1,9 @@
 """The measuring engine: contestants are judged first, then timed in turns over buffers that rotate past the caches.
 
-A round runs every contestant once, in an order that rotates, so that a disturbance slows all alike. A contestant's
-round is one or more passes over its sets of buffers. On a GPU there are enough sets that the second-level cache has
-forgotten the first when its turn comes again, and a round is long enough for CUDA events.
+A contestant that is wrong or fails is left out with the reason, and the others go on. A round runs every contestant
+once, in an order that rotates, so that a disturbance slows all alike. A contestant's round is one or more passes over
+its sets of buffers. On a GPU there are enough sets that the second-level cache has forgotten the first when its turn
+comes again, and a round is long enough for CUDA events.
 """
 
 import ctypes
@@ -20,10 +21,15 @@ from bench.verify import Verdict
 from bench.workloads import Work
 
 Step = Callable[[], Any]
+Watch = Callable[[str], None]  # told the contestant whose turn begins
 CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 SHORTEST_ROUND = 2e-3  # seconds; a CUDA event resolves half a microsecond, and starting a round costs a launch
 CACHE_MULTIPLE = 8  # bytes of all sets of buffers, over those of the second-level cache
 MOST_SETS = 32
+
+
+def nobody(name: str) -> None:
+    """The watch of a run that no other process looks after."""
 
 
 def default_device() -> torch.device:
@@ -90,13 +96,14 @@ class GraphRunner(Runner):
         super().__init__([self.graph.replay], device, size=len(calls))
 
 
-def in_turns(runners: dict[Any, Runner], rounds: int) -> dict[Any, list[float]]:
+def in_turns(runners: dict[Any, Runner], rounds: int, watch: Watch = nobody) -> dict[Any, list[float]]:
     """Seconds per call of every runner in every round; one more round comes first and does not count."""
     order = list(runners)
     seconds: dict[Any, list[float]] = {name: [] for name in runners}
     for _ in range(rounds + 1):
         order.append(order.pop(0))
         for name in order:
+            watch(name)
             seconds[name].append(runners[name].round())
     return {name: taken[1:] for name, taken in seconds.items()}
 
@@ -209,24 +216,33 @@ class Result:
     extra_memory: int | None = None
     kept: int | None = None
     note: str = ""
+    failed: bool = False  # a variant of this package that is wrong or raised, other than for want of memory
 
 
 class Red(Exception):
-    """Variants of this package differ from the definition."""
+    """A variant of this package differs from the definition or fails."""
 
 
-def judge(comparison: Comparison, device: torch.device) -> dict[str, Result]:
-    """Run every contestant once and hold its result against the definition.
+def alive(device: torch.device) -> bool:
+    """Whether the device takes further work: after an illegal access every call of the process fails."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
-    A baseline that fails or is red gets a note.
 
-    Raises:
-        Red: for variants of this package that are red; their failures are raised as they are.
+def judge(comparison: Comparison, device: torch.device, watch: Watch = nobody) -> dict[str, Result]:
+    """Run every contestant once and hold its result against the definition; what is wrong or fails gets a note.
+
+    A failure that leaves the device unusable is raised as it is: this process can measure nothing more.
     """
     gate = comparison.gate()
     results: dict[str, Result] = {}
-    red = []
     for each in comparison.contestants:
+        watch(each.name)
         result = results[each.name] = Result()
         outputs: list[Any] = []
         try:
@@ -236,42 +252,46 @@ def judge(comparison: Comparison, device: torch.device) -> dict[str, Result]:
                 verdict = gate(each, each.judged() if each.judged else outputs[0])
                 result.error = verdict.error
                 if not verdict.green:
-                    result.note = f"red: {verdict.worst}"
-                    red += [f"{each.name} is {result.note}"] if each.ours else []
+                    result.note, result.failed = f"red: {verdict.worst}", each.ours
         except Exception as error:
-            if each.ours and not isinstance(error, torch.OutOfMemoryError):
-                raise
-            result.note = _one_line(error)
-    if red:
-        where = f"{comparison.operation}, {comparison.workload}, {comparison.direction}"
-        raise Red(f"{where}: nothing is timed: {'; '.join(red)}")
+            _note(each, result, error, device)
     return results
 
 
-def compare(comparison: Comparison, device: torch.device, rounds: int, clock: str = "wall") -> dict[str, Result]:
-    """Checks every contestant, then times those that passed in interleaved rounds.
+def _note(contestant: Contestant, result: Result, error: Exception, device: torch.device) -> None:
+    if not alive(device):
+        raise error
+    result.note = _one_line(error)
+    result.failed = contestant.ours and not out_of_memory(error)
 
-    Raises:
-        Red: as `judge`.
-    """
-    results = judge(comparison, device)
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def compare(
+    comparison: Comparison, device: torch.device, rounds: int, clock: str = "wall", watch: Watch = nobody
+) -> dict[str, Result]:
+    """Check every contestant, then time those that passed in interleaved rounds. Raises as `judge`."""
+    results = judge(comparison, device, watch)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     runners: dict[str, Runner] = {}
     for each in comparison.contestants:
         if not results[each.name].note:
-            calls = [each.bind(index) for index in range(comparison.sets)]
+            watch(each.name)
             try:
+                calls = [each.bind(index) for index in range(comparison.sets)]
                 runners[each.name] = GraphRunner(calls, device) if each.graph else Runner(calls, device, clock)
-            except Exception as error:  # a call that synchronises cannot be captured
-                results[each.name].note = _one_line(error)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-    for name, seconds in in_turns(runners, rounds).items():
+            except Exception as error:
+                _note(each, results[each.name], error, device)
+                results[each.name].failed &= not each.graph  # a call that synchronises cannot be captured
+    for name, seconds in in_turns(runners, rounds, watch).items():
         results[name].seconds = seconds
     for each in comparison.contestants:
         if each.name in runners:
+            watch(each.name)
             _inspect(each, results[each.name], device)
     return results
 
@@ -300,9 +320,11 @@ def run_benchmark(benchmark: Callable, comparison: Comparison, device: torch.dev
     """Judge a comparison's only contestant, then time it by pytest-benchmark's own clock.
 
     Raises:
-        Red: as `judge`.
+        Red: it differs from the definition or fails.
     """
     (contestant,) = comparison.contestants
-    judge(comparison, device)
+    result = judge(comparison, device)[contestant.name]
+    if result.note:
+        raise Red(f"{comparison.operation}, {comparison.workload}, {comparison.direction}: {result.note}")
     call = contestant.bind(0)
     benchmark(call if device.type != "cuda" else lambda: (call(), torch.cuda.synchronize(device)))

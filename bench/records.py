@@ -3,14 +3,17 @@
 import csv
 import functools
 import hashlib
+import io
 import os
 import platform
+import secrets
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
+from bench import files
 from bench.engine import Comparison, Result, quantile
 from bench.roofline import measure_roof
 from bench.workloads import DTYPES
@@ -37,6 +40,7 @@ COLUMNS = {
     "direction": "`forward`, or `forward+backward` (all gradients, without the features' where they are frozen); "
     "`backward` for `crop_resize` alone; `fc1` and `fc2` for `gemm`",
     "variant": "what ran; the names are explained above",
+    "session": "eight digits that all rows of one interleaving share; only their times are divided by each other",
     "rounds": "number of interleaved rounds",
     "p20_ms": "time per call, 20th percentile of the rounds; empty where nothing was timed",
     "p50_ms": "the median",
@@ -54,7 +58,13 @@ COLUMNS = {
     "roof_bytes": "bytes per second of a large copy, read and written both counted, measured in the same run",
     "note": "why something was not measured",
 }  # fmt: skip
-KEY = ("commit", "device", "torch", "triton", "table", "operation", "workload", "direction", "variant")
+# What is measured, where and by what; a variant or a session is one answer.
+QUESTION = ("commit", "device", "torch", "triton", "table", "operation", "workload", "direction")
+# What two runs of one commit on one machine need not agree on.
+MEASURED = (
+    "session", "p20_ms", "p50_ms", "p80_ms", "host_ms", "first_call_ms", "extra_memory_bytes", "floor_flops",
+    "floor_bytes", "roof_flops", "roof_bytes",
+)  # fmt: skip
 # The two committed CSVs of a CPU hold earlier names: `case` for `workload`, `torch` for the compiled operators, and
 # `torch_calls` for PyTorch's.
 OLD_COLUMN = "case"
@@ -121,7 +131,7 @@ def rows_of(comparison: Comparison, results: dict[str, Result], device: torch.de
     """A comparison's results as rows, one per contestant, timed or not."""
     shared = environment(device) | {
         "clock": "events" if device.type == "cuda" else clock, "operation": comparison.operation,
-        "workload": comparison.workload, "direction": comparison.direction,
+        "workload": comparison.workload, "direction": comparison.direction, "session": secrets.token_hex(4),
     }  # fmt: skip
     if comparison.work is not None:
         roof = measure_roof(DTYPES[comparison.dtype], device, clock)
@@ -151,23 +161,22 @@ def _columns(result: Result) -> Row:
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows; columns that a row does not name stay empty.
+    """Add rows, all or none of them whenever the process ends; columns that a row does not name stay empty.
 
     Raises:
         ValueError: for a column that the schema does not have, or a file of another schema.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists() or path.stat().st_size == 0
-    if not fresh:
-        with path.open(newline="") as file:
-            header = next(csv.reader(file))
+    text = path.read_text() if path.exists() else ""
+    if text:
+        header = next(csv.reader([text.split("\n", 1)[0]]))
         if header != list(COLUMNS):
             raise ValueError(f"{path}: expected the columns of bench.records.COLUMNS, got {','.join(header)}")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
+    added = io.StringIO(newline="")
+    writer = csv.DictWriter(added, COLUMNS, restval="", lineterminator="\n")
+    if not text:
+        writer.writeheader()
+    writer.writerows(rows)
+    files.replace(path, text + added.getvalue())
 
 
 def read(path: Path) -> list[Row]:
@@ -184,6 +193,27 @@ def _renamed(row: Row) -> Row:
     return row | {"workload": row.pop(OLD_COLUMN), "variant": OLD_VARIANTS.get(row["variant"], row["variant"])}
 
 
-def key(row: Row) -> tuple[str, ...]:
-    """The columns that identify a measurement."""
-    return tuple(row[name] for name in KEY)
+def red_backends(path: Path, here: Row) -> dict[tuple[str, str], str]:
+    """{(backend, dtype): note} of those that a test of a real shape found wrong; `tools/gpu/gate.py` writes the file.
+
+    Tests of other cases keep nothing from being timed: a comparison holds each variant against the definition itself.
+    """
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if all(row[name] == here[name] for name in ("commit", "device"))]
+    red = (row for row in rows if row["outcome"] == "failed" and "real_shape" in row["test"])
+    return {(row["backend"], row["dtype"]): f"red: {row['test']}" for row in red}
+
+
+def missing(rows: Iterable[Row], question: Row, variants: Sequence[str]) -> list[str]:
+    """The variants to measure: none where one interleaving holds them all, else all but those that ended a process.
+
+    A variant that hung or crashed has a row without a session.
+    """
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        if all(row[name] == question[name] for name in QUESTION):
+            found.setdefault(row["session"], set()).add(row["variant"])
+    able = [variant for variant in variants if variant not in found.get("", ())]
+    return [] if any(set(able) <= variants for session, variants in found.items() if session) else able

@@ -28,25 +28,39 @@ LABELS = {
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 
 
-def by_workload(rows: Iterable[Row], operation: str, direction: str) -> dict[str, dict[str, Row]]:
-    """{workload: {variant: its last row}}."""
-    found: dict[str, dict[str, Row]] = {}
+Pairs = dict[str, tuple[Row, Row]]  # by workload: the base's row and another variant's, of one session
+
+
+def sessions(rows: Iterable[Row], operation: str, direction: str) -> dict[tuple[str, str], dict[str, Row]]:
+    """{(workload, session): {variant: row}}, in the file's order."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         if (row["operation"], row["direction"]) == (operation, direction):
-            found.setdefault(row["workload"], {})[row["variant"]] = row
+            found.setdefault((row["workload"], row["session"]), {})[row["variant"]] = row
+    return found
+
+
+def pairs(rows: Iterable[Row], operation: str, direction: str) -> dict[str, Pairs]:
+    """{variant: {workload: (base, variant)}} of those that were timed, each from the last session that timed both.
+
+    Times of two sessions are never divided: a clock that has changed in between would show as a speed-up.
+    """
+    base = BASES[operation]
+    found: dict[str, Pairs] = {}
+    for (workload, _), variants in sessions(rows, operation, direction).items():
+        timed = {name: row for name, row in variants.items() if row["p50_ms"]}
+        for name, row in timed.items():
+            if base in timed and name != base:
+                found.setdefault(name, {})[workload] = timed[base], row
     return found
 
 
 def speed_ups(rows: Iterable[Row], operation: str, direction: str) -> dict[str, dict[str, float]]:
-    """{variant: {workload: speed-up over the operation's base}}, of those that were timed."""
-    base = BASES[operation]
-    found: dict[str, dict[str, float]] = {}
-    for workload, variants in by_workload(rows, operation, direction).items():
-        timed = {name: float(row["p50_ms"]) for name, row in variants.items() if row["p50_ms"]}
-        for name, time in timed.items():
-            if base in timed and name != base:
-                found.setdefault(name, {})[workload] = timed[base] / time
-    return found
+    """{variant: {workload: speed-up over the operation's base}}."""
+    return {
+        name: {workload: goals.ms(base) / goals.ms(row) for workload, (base, row) in of.items()}
+        for name, of in pairs(rows, operation, direction).items()
+    }
 
 
 def table(rows: list[Row]) -> str:
@@ -56,19 +70,19 @@ def table(rows: list[Row]) -> str:
     """
     lines: list[str] = []
     for operation, direction in dict.fromkeys((row["operation"], row["direction"]) for row in rows):
-        workloads, found = by_workload(rows, operation, direction), speed_ups(rows, operation, direction)
+        found, ratios = pairs(rows, operation, direction), speed_ups(rows, operation, direction)
         base, wide = BASES[operation], max(len(row["workload"]) for row in rows) + 2
         columns = {name: max(len(name), 18) + 2 for name in found}
         heads = "".join(f"{name:>{width}}" for name, width in columns.items())
         lines.append(f"{operation}, {direction}\n  {'workload':<{wide}}{base + ' ms':>20}{heads}")
-        for workload, variants in workloads.items():
-            start = variants.get(base)
-            if start is None or not start["p50_ms"]:
+        for workload in dict.fromkeys(workload for workload, _ in sessions(rows, operation, direction)):
+            start = next((found[name][workload][0] for name in found if workload in found[name]), None)
+            if start is None:
                 lines.append(f"  {workload:<{wide}}{'not timed':>20}")
                 continue
-            cells = (f"{_cell(start, variants.get(name)):>{width}}" for name, width in columns.items())
-            lines.append(f"  {workload:<{wide}}{float(start['p50_ms']):>20.3f}{''.join(cells)}")
-        means = (f"{statistics.geometric_mean(found[n].values()):.2f}x".rjust(width) for n, width in columns.items())
+            cells = (f"{_cell(found[name].get(workload)):>{width}}" for name, width in columns.items())
+            lines.append(f"  {workload:<{wide}}{goals.ms(start):>20.3f}{''.join(cells)}")
+        means = (f"{statistics.geometric_mean(ratios[n].values()):.2f}x".rjust(width) for n, width in columns.items())
         lines.append(f"  {'geometric mean':<{wide}}{'':>20}{''.join(means)}\n")
     for row in rows:
         if row["note"]:
@@ -83,13 +97,14 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _cell(base: Row, row: Row | None) -> str:
-    if row is None or not row["p50_ms"]:
+def _cell(pair: tuple[Row, Row] | None) -> str:
+    if pair is None:
         return "-"
-    text = f"{float(base['p50_ms']) / float(row['p50_ms']):.2f}x"
+    base, row = pair
+    text = f"{goals.ms(base) / goals.ms(row):.2f}x"
     if row["extra_memory_bytes"] and float(base["extra_memory_bytes"] or 0):
         text += f" m{float(row['extra_memory_bytes']) / float(base['extra_memory_bytes']):.2f}"
-    return f"{text} f{goals.floor_ms(row) / float(row['p50_ms']):.2f}" if row["roof_flops"] else text
+    return f"{text} f{goals.floor_ms(row) / goals.ms(row):.2f}" if row["roof_flops"] else text
 
 
 def figure_tools() -> Any:

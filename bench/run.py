@@ -1,25 +1,33 @@
 """Compares this package with its baselines in interleaved rounds and prints the ratios: `python -m bench.run`.
 
 On a CPU that is the suite "cpu" (on a quiet machine, or with `--busy`), on a GPU "images-8"; `--suite` names others,
-separated by commas. Rows are written as they come; no ratio is printed if a variant of this package is red.
+separated by commas. The base of the ratios takes part in every interleaving. Rows are written as they come. A variant
+that is wrong or fails is not timed, the others are, and the exit status is 1.
 """
 
 import argparse
+import importlib
+import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 
-from bench import bench_crop_resize, bench_cvfm, bench_gemm, engine, records, tower
-from bench.report import table
+from bench import engine, records
+from bench.files import UnderWay
+from bench.report import BASES, table
+from bench.variants import backend_of
+from fila_kernels import tuned
 
-# Each has SUITES, default_suite, DIRECTIONS, variants and comparison.
-OPERATIONS = {"cvfm": bench_cvfm, "crop_resize": bench_crop_resize, "gemm": bench_gemm, "tower": tower}
+# Each has SUITES, default_suite, DIRECTIONS, variants and comparison; the tower's imports transformers.
+OPERATIONS = {"cvfm": "bench_cvfm", "crop_resize": "bench_crop_resize", "gemm": "bench_gemm", "tower": "tower"}
 TIME_IS_UP = 75  # EX_TEMPFAIL: run again to go on
+LONGEST = 120.0  # seconds that one variant may take on one workload, compilation included; more counts as hung
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -30,21 +38,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--variants", default="", help="who takes part, see docs/benchmarks.md; the usual ones if empty"
     )
+    parser.add_argument("--directions", default="", help="some of the operation's directions; all if empty")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="a GPU where there is one, if not given")
     parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds per workload")
     parser.add_argument("--busy", action="store_true", help="one thread on its own processor time: for a busy machine")
     parser.add_argument("--csv", type=Path, help="bench/results/OPERATION_DEVICE.csv if not given")
     parser.add_argument("--resume", action="store_true", help="add to the CSV what it lacks, instead of beginning anew")
     parser.add_argument("--seconds", type=float, default=0.0, help=f"begin nothing after that; exit {TIME_IS_UP} then")
+    parser.add_argument("--untuned", action="store_true", help="as on a device without a tuned table")
+    parser.add_argument("--tests", type=Path, help="results of tools/gpu/gate.py: what is red there is not timed here")
+    parser.add_argument("--under-way", type=Path, help="a file that says which variant is running (bench/files.py)")
+    parser.add_argument("--longest", type=float, default=LONGEST, help="seconds after which a variant counts as hung")
     options = parser.parse_args(arguments)
     options.device = torch.device(options.device) if options.device else engine.default_device()
     options.csv = options.csv or records.RESULTS / f"{options.operation}_{records.slug(options.device)}.csv"
-    options.module = OPERATIONS[options.operation]
+    options.module = importlib.import_module(f"bench.{OPERATIONS[options.operation]}")
     options.suite = options.suite or options.module.default_suite(options.device)
     unknown = [suite for suite in options.suite.split(",") if suite not in options.module.SUITES]
     if unknown:
         parser.error(f"--suite: expected some of {', '.join(options.module.SUITES)}, got {', '.join(unknown)}")
     options.variants = [name for name in options.variants.split(",") if name]
+    if options.variants and BASES[options.operation] not in options.variants:
+        options.variants.insert(0, BASES[options.operation])
+    options.directions = [name for name in options.directions.split(",") if name] or list(options.module.DIRECTIONS)
+    unknown = [name for name in options.directions if name not in options.module.DIRECTIONS]
+    if unknown:
+        parser.error(f"--directions: expected some of {', '.join(options.module.DIRECTIONS)}, got {', '.join(unknown)}")
     unknown = [name for name in options.variants if name not in known_variants(options)]
     if unknown:
         parser.error(f"--variants: {', '.join(unknown)}: not in {options.operation}, see docs/benchmarks.md")
@@ -53,74 +72,105 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def known_variants(options: argparse.Namespace) -> dict[str, str | None]:
     """The requested or default variants of all directions, each with the reason it cannot run, or None."""
-    module = options.module
-    found = (module.variants(options.device, direction, options.variants) for direction in module.DIRECTIONS)
+    found = (options.module.variants(options.device, direction, options.variants) for direction in options.directions)
     return {name: obstacle for variants in found for name, obstacle in variants.items()}
 
 
-def questions(module: ModuleType, options: argparse.Namespace) -> Iterator[tuple[Any, str]]:
-    """The workloads that were asked for, each in every direction."""
+def questions(options: argparse.Namespace) -> Iterator[tuple[Any, str]]:
+    """The workloads that were asked for, each in every direction that was."""
     parts = options.only.split(",")
-    found = (workload for suite in options.suite.split(",") for workload in module.SUITES[suite])
+    found = (workload for suite in options.suite.split(",") for workload in options.module.SUITES[suite])
     for workload in dict.fromkeys(found):
         if any(part in workload.name for part in parts):
-            yield from ((workload, direction) for direction in module.DIRECTIONS)
+            yield from ((workload, direction) for direction in options.directions)
 
 
-def measure(options: argparse.Namespace, path: Path) -> bool:
-    """Measure what `path` lacks, writing as it goes; False where time was up first.
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Let planner and launchers do as on a device that has no table."""
+    tuned.load.cache_clear()
+    with mock.patch.object(tuned, "FOLDER", Path(os.devnull)):
+        yield
+    tuned.load.cache_clear()
 
-    Raises:
-        engine.Red: a variant of this package differs from the definition.
-    """
-    module, device = options.module, options.device
-    deadline = time.monotonic() + options.seconds if options.seconds else float("inf")
-    clock = "thread" if options.busy else "wall"
-    if options.busy:
-        torch.set_num_threads(1)
-    here = records.environment(device) | {"operation": options.operation}
-    done = {records.key(row) for row in records.read(path)}
-    for workload, direction in questions(module, options):
-        asked = here | {"workload": workload.name, "direction": direction}
-        names = [
-            name for name, obstacle in module.variants(device, direction, options.variants).items()
-            if obstacle is None and records.key(asked | {"variant": name}) not in done
-        ]  # fmt: skip
-        if not names:
-            continue
-        if time.monotonic() > deadline:
-            return False
-        comparison = module.comparison(workload, direction, device, names)
-        results = engine.compare(comparison, device, options.rounds, clock)
-        records.append(path, records.rows_of(comparison, results, device, clock))
-        print(f"{workload.name}, {direction}: {len(names)} variants", flush=True)
-    return True
+
+class Bench:
+    """One call of the command: what it measures, into which file, and what went wrong."""
+
+    def __init__(self, options: argparse.Namespace, path: Path) -> None:
+        self.options, self.path, self.device = options, path, options.device
+        self.clock = "thread" if options.busy else "wall"
+        self.under_way = UnderWay(options.under_way)
+        self.here = records.environment(self.device) | {"operation": options.operation}
+        self.failures: list[str] = []
+
+    def measure(self) -> bool:
+        """Measure what the file lacks, writing as it goes; False where time was up first."""
+        options, module = self.options, self.options.module
+        deadline = time.monotonic() + options.seconds if options.seconds else float("inf")
+        blamed = self.under_way.blamed()
+        if blamed is not None:
+            step, reason = blamed
+            records.append(self.path, [step | {"note": reason}])
+            self.failures.append(f"{step['workload']}, {step['direction']}, {step['variant']}: {reason}")
+        reds = records.red_backends(options.tests, self.here) if options.tests else {}
+        for workload, direction in questions(options):
+            question = self.here | {"workload": workload.name, "direction": direction}
+            names = [
+                name for name, no in module.variants(self.device, direction, options.variants).items() if no is None
+            ]
+            names = records.missing(records.read(self.path), question, names)
+            if not names:
+                continue
+            if time.monotonic() > deadline:
+                return False
+            red = {name: reds[found] for name in names if (found := (backend_of(name), workload.dtype)) in reds}
+            self.compare(workload, question, names, red)
+        return True
+
+    def compare(self, workload: Any, question: dict[str, str], names: list[str], red: dict[str, str]) -> None:
+        """One interleaving of all but the red ones, each of which has a row that says why."""
+
+        def watch(name: str) -> None:
+            self.under_way.begin(question | {"variant": name}, self.options.longest)
+
+        timed = [name for name in names if name not in red]
+        comparison = self.options.module.comparison(workload, question["direction"], self.device, timed)
+        results = engine.compare(comparison, self.device, self.options.rounds, self.clock, watch)
+        results |= {name: engine.Result(note=note, failed=True) for name, note in red.items()}
+        records.append(self.path, records.rows_of(comparison, results, self.device, self.clock))
+        self.under_way.end()
+        where = f"{question['workload']}, {question['direction']}"
+        self.failures += [f"{where}, {name}: {result.note}" for name, result in results.items() if result.failed]
+        print(f"{where}: {len(names)} variants", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, then print the table; exit 1 without it where a variant of this package is red."""
+    """Measure, then print the table; exit 1 where a variant of this package was wrong or failed."""
     options = parse(arguments)
     path = options.csv
     print(f"{records.device_name(options.device)}: {options.operation} over {options.suite}, into {path}", flush=True)
     for name, obstacle in known_variants(options).items():
         print(f"without {name}: {obstacle}" if obstacle else f"with {name}", flush=True)
+    if options.busy:
+        torch.set_num_threads(1)
     # A run that does not resume replaces the old file when it has ended.
     partial = path if options.resume else path.with_suffix(".partial.csv")
     if not options.resume:
         partial.unlink(missing_ok=True)
-    try:
-        finished = measure(options, partial)
-    except engine.Red as red:
-        print(red)
-        return 1
+    with untuned() if options.untuned else nullcontext():
+        bench = Bench(options, partial)
+        finished = bench.measure()
     if partial != path and partial.exists():
         partial.replace(path)
     rows = records.read(path)
     print(table(rows) if rows else "nothing was measured")
+    for failure in bench.failures:
+        print(f"not timed: {failure}")
     if not finished:
         print(f"time is up after {options.seconds:.0f} s; run again with --resume to go on")
         return TIME_IS_UP
-    return 0
+    return 1 if bench.failures else 0
 
 
 if __name__ == "__main__":

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from bench.baselines import rounded, tuned_eager
 from bench.engine import Comparison, Contestant, Step
-from bench.variants import BACKENDS, backend_obstacle
+from bench.variants import BACKENDS, TOWER_PREFIX, backend_obstacle
 from bench.verify import Gate
 from bench.workloads import DTYPES
 from fila import FilaVisionConfig, FilaVisionModel, preset
 from fila.fusion import DeepFusion, Fusion
 
 DIRECTIONS = ("forward", "forward+backward")
-PREFIX = "fusion_"  # before the backend's name
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def default_suite(device: torch.device) -> str:
 def variants(device: torch.device, direction: str, names: Sequence[str] = ()) -> dict[str, str | None]:
     """The named towers, or all, each with the reason it cannot run, or None."""
     found: dict[str, str | None] = {"no_fusion": None, "fusion_tuned_eager": None}
-    found |= {PREFIX + name: backend_obstacle(name, device) for name in BACKENDS}
+    found |= {TOWER_PREFIX + name: backend_obstacle(name, device) for name in BACKENDS}
     return {name: found[name] for name in found if not names or name in names}
 
 
@@ -94,7 +93,7 @@ def build(tower: Tower, variant: str, device: torch.device) -> FilaVisionModel:
     for module in model.fusion:
         nn.init.constant_(module.alpha, 0.5)
         module.gate = "product"  # the paper's, the one that tuned eager computes; fila-nano's is "scale"
-        module.backend = variant.removeprefix(PREFIX)
+        module.backend = variant.removeprefix(TOWER_PREFIX)
     if variant == "fusion_tuned_eager":
         model.fusion = nn.ModuleList(EagerFusion(module) for module in model.fusion)
     return model.to(DTYPES[tower.dtype]).train()
@@ -174,7 +173,11 @@ def comparison(tower: Tower, direction: str, device: torch.device, names: Sequen
             return results_of(untrained, pictures(untrained, 1, device), direction)
 
         return Contestant(
-            name, lambda _: step(), ours=name.removeprefix(PREFIX) in BACKENDS, gated=name != "no_fusion", judged=judged
+            name,
+            lambda _: step(),
+            ours=name.removeprefix(TOWER_PREFIX) in BACKENDS,
+            gated=name != "no_fusion",
+            judged=judged,
         )
 
     def make_gate() -> Callable[[Contestant, Any], Any]:

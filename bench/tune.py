@@ -4,28 +4,36 @@
 
 The whole operation is timed, as a CUDA graph over buffers that rotate past the second-level cache, with one launch's
 config or one direction's plan changed at a time, so that caches and neighbours are those of real use. It tries
-`fila_kernels.backends.triton.configs.candidates`; `fila_kernels.tuned` has the table's form. The default stays unless
-something beats it by more than the measurement scatters. Existing entries are kept, so that a second run resumes.
-Other processes compile beforehand, into Triton's own cache.
+`fila_kernels.backends.triton.configs.candidates`; `fila_kernels.tuned` has the table's form. What differs from the
+definition is not timed. The default stays unless something beats it by more than the measurement scatters. The table
+is replaced at every entry and its entries are kept, so that a second run resumes. Other processes compile beforehand,
+each its own part of the kernels, into Triton's cache.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
-from bench.engine import GraphRunner, Runner, Step, in_turns, num_sets, quantile
-from bench.run import TIME_IS_UP
-from bench.verify import step
+from bench import files
+from bench.engine import GraphRunner, Runner, Step, alive, in_turns, num_sets, quantile
+from bench.files import UnderWay
+from bench.run import LONGEST, TIME_IS_UP
+from bench.verify import Gate, cvfm_gate, step
 from bench.workloads import DTYPES, SUITES, Workload
 from fila_kernels import cvfm, planner, tuned
 from fila_kernels.backends.triton import configs
@@ -92,17 +100,21 @@ class Tuner:
 
     def __init__(
         self, device: torch.device, paths: Sequence[Path], kernels: Sequence[str], most: int, rounds: int,
-        deadline: float = float("inf"),
+        deadline: float = float("inf"), under_way: UnderWay | None = None, longest: float = LONGEST,
     ) -> None:  # fmt: skip
         self.device, self.paths, self.kernels = device, paths, kernels
         self.most, self.rounds, self.deadline = most, rounds, deadline
+        self.under_way, self.longest = under_way or UnderWay(), longest
         self.limits = configs.device_of(device)
         self.entries: dict[str, Any] = {
-            "schema": tuned.SCHEMA, "device": self.limits.name, "plans": [], "configs": [],
+            "schema": tuned.SCHEMA, "device": self.limits.name, "plans": [], "configs": [], "refused": [],
         }  # fmt: skip
         found = next((path for path in paths if path.exists()), None)
         if found is not None:
-            self.entries = json.loads(found.read_text())
+            self.entries |= json.loads(found.read_text())
+        blamed = self.under_way.blamed()
+        if blamed is not None:
+            self.refuse(*blamed)
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def time_is_up(self) -> bool:
@@ -112,42 +124,79 @@ class Tuner:
         """Put an entry into the table, which is written at once."""
         self.entries[kind].append(entry)
         for path in self.paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.entries, indent=1) + "\n")
+            files.replace(path, json.dumps(self.entries, indent=1) + "\n")
         print(f"  {entry}", flush=True)
 
-    def call(self, workload: Workload, inputs: dict[str, Tensor], plan: str | None, backward: bool) -> Step:
-        grad = torch.randn_like(inputs["tokens"]) if backward else None
+    def refuse(self, step: dict[str, Any], reason: str) -> None:
+        """Leave a config or plan out from now on: it is wrong, or it ended a process."""
+        self.add("refused", step | {"reason": reason})
+
+    def refused(self, step: dict[str, Any]) -> bool:
+        return any(step.items() <= entry.items() for entry in self.entries["refused"])
+
+    @staticmethod
+    def gradient(inputs: dict[str, Tensor], backward: bool, seed: int) -> Tensor | None:
+        tokens = inputs["tokens"]
+        generator = torch.Generator(tokens.device).manual_seed(seed)
+        drawn = torch.randn(tokens.shape, generator=generator, device=tokens.device)
+        return drawn.to(tokens.dtype) if backward else None
+
+    def call(self, workload: Workload, seed: int, plan: str | None, backward: bool) -> Step:
+        """The operation on one set of buffers."""
+        inputs = workload.inputs(seed, self.device)
         settings = {"num_prefix_tokens": workload.prefix, "plan": plan, "backend": "triton"}
-        return step(cvfm, inputs, workload.wanted, grad, **settings)
+        return step(cvfm, inputs, workload.wanted, self.gradient(inputs, backward, seed), **settings)
 
     def calls(self, workload: Workload, plan: str | None, backward: bool) -> list[Step]:
         """One per set of buffers."""
         sets = range(num_sets(workload.input_bytes(), self.device))
-        return [self.call(workload, workload.inputs(seed, self.device), plan, backward) for seed in sets]
+        return [self.call(workload, seed, plan, backward) for seed in sets]
 
-    def fastest(self, trial: Trial, settings: dict[Any, Setting], calls: Sequence[Step], default: Any) -> Any:
+    @functools.lru_cache(maxsize=1)  # noqa: B019  # its tensors may fill a GPU
+    def gate(self, workload: Workload, backward: bool) -> Gate:
+        """The definition on the first set of buffers."""
+        inputs = workload.inputs(0, self.device)
+        return cvfm_gate(workload, inputs, self.gradient(inputs, backward, 0))
+
+    def fastest(
+        self, trial: Trial, settings: dict[Any, Setting], workload: Workload, plan: str | None, backward: bool,
+        default: Any, step: dict[str, Any],
+    ) -> Any:  # fmt: skip
         """The name of the setting with the lowest median, or the default's where that is within the scatter.
 
-        A setting that does not compile or does not fit drops out; None if all do.
+        A setting that does not compile, does not fit or is wrong drops out; None if all do. `step` says what the
+        settings are of.
         """
 
         def under(setting: Setting, call: Step) -> Step:
-            def tried() -> None:
+            def tried() -> Any:
                 setting()
-                trial.call(call)
+                return trial.call(call)
 
             return tried
 
+        calls = self.calls(workload, plan, backward)
+        named = {name: step | {"setting": str(name)} for name in settings}
         runners: dict[Any, Runner] = {}
         for name, setting in settings.items():
+            if self.refused(named[name]):
+                continue
+            self.under_way.begin(named[name], self.longest)
             bound = [under(setting, call) for call in calls]
             try:
+                verdict = self.gate(workload, backward)(bound[0]())
+                if not verdict.green:
+                    self.refuse(named[name], verdict.worst)
+                    continue
                 graph = self.device.type == "cuda"
                 runners[name] = GraphRunner(bound, self.device, self.pool) if graph else Runner(bound, self.device)
             except Exception as error:
+                if not alive(self.device):
+                    raise
                 print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
-        medians = {name: quantile(taken, 0.5) for name, taken in in_turns(runners, self.rounds).items()}
+        taken = in_turns(runners, self.rounds, lambda name: self.under_way.begin(named[name], self.longest))
+        self.under_way.end()
+        medians = {name: quantile(seconds, 0.5) for name, seconds in taken.items()}
         best = min(medians, key=medians.__getitem__, default=None)
         near = default in medians and medians[best] > (1 - GAIN) * medians[default]
         return default if near else best
@@ -171,15 +220,14 @@ class Tuner:
         """Every launch of one plan, those of the forward pass by the forward pass alone."""
         trial = Trial(self.entries, workload.dtype)
         for backward in (False, True):
-            calls = self.calls(workload, plan, backward)
-            for key in self.missing(trial, calls[0]):
+            for key in self.missing(trial, self.call(workload, 0, plan, backward)):
                 tried = self.candidates(trial, key, workload.dtype)
-                best = self.fastest(trial, tried, calls, next(iter(tried)))
+                entry = {"kernel": key[0], "problem": list(key[1]), "dtype": workload.dtype}
+                best = self.fastest(trial, tried, workload, plan, backward, next(iter(tried)), entry)
                 if best is None:
                     trial.configs.pop(key, None)
                     continue
                 tried[best]()
-                entry = {"kernel": key[0], "problem": list(key[1]), "dtype": workload.dtype}
                 self.add("configs", entry | {"config": configs.plain(best)})
 
     def tune_plan(self, workload: Workload) -> None:
@@ -198,8 +246,9 @@ class Tuner:
                 return lambda: setattr(trial, "plan", attempt)
 
             tried = {plan: setting(plan) for plan in (plans if direction == "forward" else plans[:2])}
-            calls = self.calls(workload, None, direction != "forward")
-            chosen[direction] = self.fastest(trial, tried, calls, chosen[direction]) or chosen[direction]
+            entry = {"workload": workload.name, "direction": direction}
+            best = self.fastest(trial, tried, workload, None, direction != "forward", chosen[direction], entry)
+            chosen[direction] = best or chosen[direction]
         self.add("plans", {"shape": shape._asdict(), "dtype": workload.dtype} | chosen)
 
     def tune(self, workload: Workload) -> None:
@@ -209,25 +258,61 @@ class Tuner:
         self.tune_plan(workload)
 
     def compile_share(self, workloads: Sequence[Workload], share: int, of: int) -> None:
-        """Run every `of`-th candidate once, so that Triton's cache holds it when its time is taken."""
-        number = 0
-        for workload in workloads:
-            # Triton compiles anew where a size becomes 1 or a multiple of 16, in which 16 images agree with 32; the
-            # device has room for no more than these in all processes.
-            few = dataclasses.replace(workload, images=min(workload.images, SHARED_IMAGES))
-            inputs = few.inputs(0, self.device)
-            for plan in plans_for(workload):
-                trial, call = Trial(self.entries, few.dtype), self.call(few, inputs, plan, True)
-                for key in self.missing(trial, call):
-                    for setting in self.candidates(trial, key, few.dtype).values():
-                        number += 1
-                        if number % of == share:
+        """Compile this share of the kernels that will be timed; nothing is launched."""
+        with ExitStack() as patches:
+            for kind in (JITFunction, InterpretedFunction):
+                patches.enter_context(mock.patch.object(kind, "run", compiling(kind.run, share, of)))
+            for workload in workloads:
+                # Triton compiles anew where a size becomes 1 or a multiple of 16, in which 16 images agree with 32; the
+                # device has room for no more than these in all processes.
+                few = dataclasses.replace(workload, images=min(workload.images, SHARED_IMAGES))
+                for plan in plans_for(workload):
+                    trial, call = Trial(self.entries, few.dtype), self.call(few, 0, plan, True)
+                    for key in self.missing(trial, call):
+                        for setting in self.candidates(trial, key, few.dtype).values():
                             setting()
                             try:
                                 trial.call(call)
                             except Exception as error:  # told when its turn comes to be measured
                                 print(f"{key[0]}: {type(error).__name__}", file=sys.stderr)
-                    trial.configs.pop(key, None)
+                        trial.configs.pop(key, None)
+
+
+def specialization(arguments: Sequence[Any], settings: Mapping[str, Any]) -> str:
+    """What a launch's arguments say to the compiler: constants, and of a size whether it is 1 or a multiple of 16."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return str(value.dtype), value.data_ptr() % 16 == 0
+        if hasattr(value, "block_shape"):
+            return str(value.base.dtype), tuple(value.block_shape)
+        if type(value) is int:
+            return value == 1, value % 16 == 0, value >> 31 != 0
+        return getattr(value, "__name__", value)
+
+    return repr(
+        ([of(value) for value in arguments], sorted((n, getattr(v, "__name__", v)) for n, v in settings.items()))
+    )
+
+
+def share_of(kernel: str, arguments: Sequence[Any], settings: Mapping[str, Any], of: int) -> int:
+    """The process that compiles a launch's kernel; launches of one kernel have one."""
+    return zlib.crc32(f"{kernel} {specialization(arguments, settings)}".encode()) % of
+
+
+def compiling(run: Callable[..., Any], share: int, of: int) -> Callable[..., Any]:
+    """A stand-in for a kernel's `run` that compiles the share's kernels, each once, and launches none."""
+    seen = set[str]()
+
+    def compile_(self: Any, *arguments: Any, grid: Any, warmup: bool, **settings: Any) -> Any:
+        name = self.fn.__name__
+        known = name + specialization(arguments, settings)
+        if known in seen or share_of(name, arguments, settings, of) != share:
+            return None
+        seen.add(known)
+        return run(self, *arguments, grid=grid, warmup=True, **settings)
+
+    return compile_
 
 
 def compile_ahead(arguments: Sequence[str], workers: int, seconds: float) -> None:
@@ -252,26 +337,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--suite", default="images-8", help=f"some of {', '.join(SUITES)}, separated by commas")
     parser.add_argument("--out", type=Path, help="folder for a second copy of the table, read where there is no first")
     parser.add_argument("--table", type=Path, help="the file to write; fila_kernels/tables/DEVICE.json if not given")
+    parser.add_argument("--kernels", default="", help="those to tune, separated by commas; all if empty")
     parser.add_argument("--most", type=int, default=16, help="configs tried per launch")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds per choice")
     parser.add_argument("--seconds", type=float, default=0.0, help=f"stop after that; exit {TIME_IS_UP} then")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: interpreted, to try the steps")
+    parser.add_argument("--under-way", type=Path, help="a file that says what is being tried (bench/files.py)")
+    parser.add_argument("--longest", type=float, default=LONGEST, help="seconds after which a trial counts as hung")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile; 0 to compile here")
     parser.add_argument("--compile-share", help=argparse.SUPPRESS)
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("bench.tune: no CUDA device; a table is measured on the device it is for", file=sys.stderr)
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
     workloads = list(dict.fromkeys(workload for suite in options.suite.split(",") for workload in SUITES[suite]))
-    table = options.table or tuned.path_of(configs.device_of(device).name)
+    table = options.table or tuned.path_of(configs.device_of(device).name if device.type == "cuda" else device.type)
     paths = [table, *([options.out / table.name] if options.out else [])]
     deadline = time.monotonic() + options.seconds if options.seconds else float("inf")
-    tuner = Tuner(device, paths, configs.KERNELS, options.most, options.rounds, deadline)
+    kernels = options.kernels.split(",") if options.kernels else configs.KERNELS
     if options.compile_share:
         share, of = map(int, options.compile_share.split("/"))
-        tuner.compile_share(workloads, share, of)
+        Tuner(device, paths, kernels, options.most, options.rounds, deadline).compile_share(workloads, share, of)
         return 0
+    tuner = Tuner(
+        device, paths, kernels, options.most, options.rounds, deadline, UnderWay(options.under_way),
+        options.longest,
+    )  # fmt: skip
     if options.workers:
         compile_ahead(given, options.workers, options.seconds / 2 if options.seconds else 600.0)
     for workload in workloads:

@@ -30,6 +30,7 @@ from fila_kernels.call import PLANS
 
 Function = Callable[..., Tensor]
 BACKENDS = ("eager", "native", "triton")
+TOWER_PREFIX = "fusion_"  # before a backend's name, in the names of the vision tower's variants
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,16 @@ def _quack_obstacle(device: torch.device) -> str | None:
     return None
 
 
+def backend_of(name: str) -> str:
+    """The backend of this package that a variant of any operation runs on, or ""."""
+    first = name.removeprefix(TOWER_PREFIX).split("_")[0]
+    return first if first in BACKENDS else ""
+
+
 def backend_obstacle(backend: str, device: torch.device) -> str | None:
-    """Why a backend of this package cannot be timed on this device, or None."""
-    if backend == "triton" and device.type != "cuda":
-        return "its kernels need a CUDA device; an interpreter's time says nothing"
+    """Why a backend of this package cannot take part on this device, or None.
+
+    Interpreted kernels take part where they are asked for by name: their times say nothing.
+    """
     usable, reason = dispatch.available(backend, device)
     return None if usable else reason

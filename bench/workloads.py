@@ -165,8 +165,9 @@ SUITES: dict[str, tuple[Workload, ...]] = {
     "cpu": tuple(
         Workload(raster, stage, dtype) for raster in RASTERS for stage in STAGES for dtype in ("float32", "bfloat16")
     ),
-    # A second's work, for tests of the bench itself.
+    # A second's work, for tests of the bench itself, and one of its workloads, for the rehearsal of `make gpu`.
     "tiny": tuple(Workload(64, stage, "float32", hidden_width=16, token_width=8, grid=2) for stage in (1, 4)),
+    "rehearsal": (Workload(64, 1, "float32", hidden_width=16, token_width=8, grid=2),),
     # bfloat16, hidden 1024: the goals of docs/benchmarks.md are read from these three.
     "images-1": _stages(images=1),
     "images-8": _stages(images=8),

@@ -241,10 +241,10 @@ def columns() -> str:
 
 def sections() -> str:
     """The sections that `make gpu` runs."""
-    from tools.gpu import SECTIONS
+    from tools.gpu.sections import SECTIONS
 
-    rows = [f"| `{s.name}` | {s.limit} s | {s.what} |\n" for s in SECTIONS]
-    return "| Section | At most | What |\n| --- | ---: | --- |\n" + "".join(rows)
+    rows = [f"| {s.run} | `{s.name}` | {s.limit} s | {s.what} |\n" for s in SECTIONS]
+    return "| Run | Section | At most | What |\n| --- | --- | ---: | --- |\n" + "".join(rows)
 
 
 def compiled() -> str:

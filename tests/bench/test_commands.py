@@ -1,17 +1,18 @@
-"""Every command of bench/ and of `make gpu` runs, small."""
+"""Every command of bench/ runs, small; what needs a GPU says so."""
 
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import goals, records, report, run, tune
-from bench.workloads import SUITES
-from tools import build_cuda, compute_sanitizer, gpu
+from tools import build_cuda, compute_sanitizer
+from tools.gpu import __main__ as gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -79,23 +80,6 @@ def test_the_documents_pictures_are_of_the_committed_results():
         assert report.source(picture) == report.digest(ROOT / "bench" / "results" / name), "run tools/documents.py"
 
 
-def test_gpu_lists_its_sections_and_their_commands(tmp_path, capsys):
-    assert gpu.main(["--list"]) == 0
-    assert gpu.main(["--dry-run", "--out", str(tmp_path / "out")]) == 0
-    for line in capsys.readouterr().out.splitlines()[-len(gpu.SECTIONS) :]:
-        name, _, command = line.partition(": ")
-        words = command.split()
-        module = words[words.index("-m") + 1]
-        assert "{" not in command, name
-        if module == "bench.run":
-            run.parse([word for word in words[words.index("bench.run") + 1 :] if word != "cuda" and word != "--device"])
-        else:
-            assert module == "pytest" or (ROOT / f"{module.replace('.', '/')}.py").exists(), name
-    assert not (tmp_path / "out").exists()
-    suites = {s for section in gpu.SECTIONS for part in section.command for s in part.split(",") if s in SUITES}
-    assert suites == set(SUITES) - {"cpu", "tiny"}, "every suite of real shapes has its section"
-
-
 @needs_no_gpu
 def test_without_a_gpu_the_gpus_commands_say_so(monkeypatch, capsys):
     assert gpu.main([]) == gpu.NO_GPU
@@ -105,31 +89,28 @@ def test_without_a_gpu_the_gpus_commands_say_so(monkeypatch, capsys):
     assert all("no CUDA device" in line for line in said)
     monkeypatch.setattr(sys, "argv", ["compute_sanitizer", "memcheck"])
     assert compute_sanitizer.main() == os.EX_UNAVAILABLE
-    monkeypatch.setattr(build_cuda.cuda_units, "missing_tool", lambda disassemble: "nvcc was not found")
-    assert build_cuda.main() == os.EX_UNAVAILABLE
-    assert capsys.readouterr().out.endswith("skipped: nvcc was not found\n")
+    assert build_cuda.main([]) == os.EX_UNAVAILABLE
+    assert capsys.readouterr().out.endswith("skipped: no CUDA device\n")
 
 
-def section(name: str, code: str, **settings) -> gpu.Section:
-    return gpu.Section(name, ("-c", code), "", **settings)
+def test_without_headers_the_native_library_is_skipped_with_advice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(build_cuda, "runs_here", lambda: False)
+    monkeypatch.setattr(build_cuda, "TRAVEL", tmp_path)
+    monkeypatch.setattr(build_cuda.cuda_units, "missing_tool", lambda disassemble: "CUTLASS was not found")
+    assert build_cuda.main(["--out", str(tmp_path)]) == os.EX_UNAVAILABLE
+    said = capsys.readouterr().out
+    assert "pip download --no-deps -d runs/travel nvidia-cutlass" in said
+    assert said.endswith("skipped: CUTLASS was not found\n"), "the section's last line gives the reason"
 
 
-def test_sections_are_done_once_wait_for_each_other_and_stop_at_red(tmp_path, capsys):
-    good = section("good", "print('{out}'); print('fine')")
-    late = section("late", f"raise SystemExit({gpu.UNFINISHED})")
-    after = section("after", "print('ran')", needs=("late",))
-    assert gpu.run_all([good, late, after], tmp_path, 0, "c1", "gpu") == gpu.UNFINISHED
-    states = {state["section"]: (state["status"], state["last_line"]) for state in gpu.read_states(tmp_path)}
-    assert states == {
-        "good": ("done", "fine"), "late": ("unfinished", ""), "after": ("unfinished", "waits for late"),
-    }  # fmt: skip
-    capsys.readouterr()
-    assert gpu.run_all([good], tmp_path, 0, "c1", "gpu") == 0
-    assert "done before" in capsys.readouterr().out
-    assert gpu.run_all([good], tmp_path, 0, "c2", "gpu") == 0
-    assert "done before" not in capsys.readouterr().out, "another commit is measured anew"
-    red = section("red", "raise SystemExit(1)", gate=True)
-    assert gpu.run_all([red, good], tmp_path, 0, "c3", "gpu") == 1
-    assert "red is not green, so nothing is timed" in capsys.readouterr().out
-    slow = section("slow", "import time; print('begun', flush=True); time.sleep(60)")
-    assert gpu.run_section(slow, tmp_path, 2.0) == ("unfinished", "stopped after 2 s: begun")
+def test_headers_of_a_wheel_that_travelled_are_found(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUTLASS_PATH", raising=False)
+    monkeypatch.setattr(build_cuda, "TRAVEL", tmp_path)
+    assert build_cuda.headers(tmp_path) == {}
+    with zipfile.ZipFile(tmp_path / "nvidia_cutlass-4.2.0.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("cutlass_library/source/include/cutlass/cutlass.h", "// here")
+        wheel.writestr("cutlass_library/source/tools/none.h", "")
+    found = Path(build_cuda.headers(tmp_path)["CUTLASS_PATH"])
+    assert (found / "include" / "cutlass" / "cutlass.h").read_text() == "// here"
+    assert not (found / "tools").exists()

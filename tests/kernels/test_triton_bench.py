@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from bench import bench_gemm, engine, tune
+from bench.files import UnderWay
 from bench.workloads import SUITES, Workload
-from fila_kernels import tuned
+from fila_kernels import reference, tuned
 from fila_kernels.backends.triton import configs
 from fila_kernels.call import DIRECTIONS
 
@@ -58,6 +59,62 @@ def test_a_table_is_written_that_launchers_and_planner_read(tmp_path, monkeypatc
     again.tune_configs(SMALL, "sample_first")
     again.tune_plan(SMALL)
     assert json.loads(path.read_text()) == entries, "what the table holds is not measured again"
+
+
+def test_what_is_wrong_is_not_timed_and_not_tried_again(tmp_path, monkeypatch):
+    factor = {"now": 1.0}
+    monkeypatch.setattr(tune, "cvfm", lambda **arguments: factor["now"] * reference.cvfm(**without_choice(arguments)))
+    settings = {"right": lambda: factor.update(now=1.0), "wrong": lambda: factor.update(now=1.01)}
+    path, of = tmp_path / "table.json", {"kernel": "fc2"}
+    trial = tune.Trial({"configs": []}, "float32")
+    first = tuner(path, ["fc2"])
+    assert first.fastest(trial, settings, SMALL, None, False, "wrong", of) == "right"
+    (refused,) = json.loads(path.read_text())["refused"]
+    assert (refused["kernel"], refused["setting"]) == ("fc2", "wrong")
+    assert refused["reason"].startswith("out: error")
+    monkeypatch.delitem(settings, "right")
+    settings["wrong"] = pytest.fail
+    assert tuner(path, ["fc2"]).fastest(trial, settings, SMALL, None, False, "wrong", of) is None
+
+
+def without_choice(arguments):
+    return {name: value for name, value in arguments.items() if name not in ("plan", "backend")}
+
+
+def test_a_trial_that_ended_a_process_is_not_tried_again(tmp_path):
+    under_way = UnderWay(tmp_path / "step.json")
+    under_way.begin({"kernel": "fc2", "setting": "large"}, 60)
+    under_way.blame("hung: no end within 60 s")
+    found = tuner(tmp_path / "table.json", ["fc2"], under_way=under_way)
+    assert found.refused({"kernel": "fc2", "setting": "large"})
+    assert not found.refused({"kernel": "fc2", "setting": "small"})
+
+
+def test_each_kernel_is_compiled_by_one_process_alone():
+    """Sizes that compile alike share a kernel; every kernel has one process, whatever the order of the launches."""
+
+    class Kernel:
+        def __init__(self, name):
+            self.fn = lambda: None
+            self.fn.__name__ = name
+
+    rows = torch.empty(64)
+    launches = [
+        (Kernel(name), (rows, size), {"num_warps": warps})
+        for name in ("fc1", "fc2") for size in (577, 2885, 32, 1) for warps in (4, 8)
+    ]  # fmt: skip
+    compiled: dict[int, list] = {share: [] for share in range(3)}
+    for share, found in compiled.items():
+
+        def run(self, *arguments, grid, warmup, found=found, **settings):
+            assert warmup, "nothing is launched"
+            found.append((self.fn.__name__, arguments[1], settings["num_warps"]))
+
+        stand_in = tune.compiling(run, share, 3)
+        for kernel, arguments, settings in launches:
+            stand_in(kernel, *arguments, grid=(1,), warmup=False, **settings)
+    everything = sum(compiled.values(), [])
+    assert sorted(everything) == sorted((n, s, w) for n in ("fc1", "fc2") for s in (577, 32, 1) for w in (4, 8))
 
 
 def test_nothing_is_begun_after_the_deadline(tmp_path):
