@@ -216,7 +216,6 @@ class Result:
     extra_memory: int | None = None
     kept: int | None = None
     note: str = ""
-    failed: bool = False  # a variant of this package that is wrong or raised, other than for want of memory
 
 
 class Red(Exception):
@@ -252,17 +251,16 @@ def judge(comparison: Comparison, device: torch.device, watch: Watch = nobody) -
                 verdict = gate(each, each.judged() if each.judged else outputs[0])
                 result.error = verdict.error
                 if not verdict.green:
-                    result.note, result.failed = f"red: {verdict.worst}", each.ours
+                    result.note = f"red: {verdict.worst}"
         except Exception as error:
-            _note(each, result, error, device)
+            result.note = _reason(each, error, device)
     return results
 
 
-def _note(contestant: Contestant, result: Result, error: Exception, device: torch.device) -> None:
+def _reason(contestant: Contestant, error: Exception, device: torch.device) -> str:
     if not alive(device):
         raise error
-    result.note = _one_line(error)
-    result.failed = contestant.ours and not out_of_memory(error)
+    return f"failed: {_one_line(error)}" if contestant.ours and not out_of_memory(error) else _one_line(error)
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -285,8 +283,9 @@ def compare(
                 calls = [each.bind(index) for index in range(comparison.sets)]
                 runners[each.name] = GraphRunner(calls, device) if each.graph else Runner(calls, device, clock)
             except Exception as error:
-                _note(each, results[each.name], error, device)
-                results[each.name].failed &= not each.graph  # a call that synchronises cannot be captured
+                reason = _reason(each, error, device)
+                # A call that synchronises cannot be captured, which is no fault.
+                results[each.name].note = f"no graph: {_one_line(error)}" if each.graph else reason
     for name, seconds in in_turns(runners, rounds, watch).items():
         results[name].seconds = seconds
     for each in comparison.contestants:

@@ -26,10 +26,10 @@ class UnderWay:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
 
-    def begin(self, step: Mapping[str, Any], limit: float) -> None:
-        """Say what begins now and after how many seconds it counts as hung."""
+    def begin(self, name: str, step: Mapping[str, Any], limit: float) -> None:
+        """Say what begins now, in words and as values, and after how many seconds it counts as hung."""
         if self.path is not None:
-            replace(self.path, json.dumps({"step": dict(step), "limit": limit, "since": time.time()}))
+            replace(self.path, json.dumps({"name": name, "step": dict(step), "limit": limit, "since": time.time()}))
 
     def end(self) -> None:
         if self.path is not None:

@@ -27,6 +27,7 @@ from fila_kernels import tuned
 # Each has SUITES, default_suite, DIRECTIONS, variants and comparison; the tower's imports transformers.
 OPERATIONS = {"cvfm": "bench_cvfm", "crop_resize": "bench_crop_resize", "gemm": "bench_gemm", "tower": "tower"}
 TIME_IS_UP = 75  # EX_TEMPFAIL: run again to go on
+FAULTS = ("red: ", "failed: ", "hung: ", "ended: ")  # how a note begins that says more than that something is lacking
 LONGEST = 120.0  # seconds that one variant may take on one workload, compilation included; more counts as hung
 
 
@@ -102,7 +103,6 @@ class Bench:
         self.clock = "thread" if options.busy else "wall"
         self.under_way = UnderWay(options.under_way)
         self.here = records.environment(self.device) | {"operation": options.operation}
-        self.failures: list[str] = []
 
     def measure(self) -> bool:
         """Measure what the file lacks, writing as it goes; False where time was up first."""
@@ -110,9 +110,7 @@ class Bench:
         deadline = time.monotonic() + options.seconds if options.seconds else float("inf")
         blamed = self.under_way.blamed()
         if blamed is not None:
-            step, reason = blamed
-            records.append(self.path, [step | {"note": reason}])
-            self.failures.append(f"{step['workload']}, {step['direction']}, {step['variant']}: {reason}")
+            records.append(self.path, [blamed[0] | {"note": blamed[1]}])
         reds = records.red_backends(options.tests, self.here) if options.tests else {}
         for workload, direction in questions(options):
             question = self.here | {"workload": workload.name, "direction": direction}
@@ -131,18 +129,30 @@ class Bench:
     def compare(self, workload: Any, question: dict[str, str], names: list[str], red: dict[str, str]) -> None:
         """One interleaving of all but the red ones, each of which has a row that says why."""
 
+        where = f"{question['workload']}, {question['direction']}"
+
         def watch(name: str) -> None:
-            self.under_way.begin(question | {"variant": name}, self.options.longest)
+            row = question | {"variant": name, "clock": "events" if self.device.type == "cuda" else self.clock}
+            self.under_way.begin(f"{where}, {name}", row, self.options.longest)
 
         timed = [name for name in names if name not in red]
         comparison = self.options.module.comparison(workload, question["direction"], self.device, timed)
         results = engine.compare(comparison, self.device, self.options.rounds, self.clock, watch)
-        results |= {name: engine.Result(note=note, failed=True) for name, note in red.items()}
+        results |= {name: engine.Result(note=note) for name, note in red.items()}
         records.append(self.path, records.rows_of(comparison, results, self.device, self.clock))
         self.under_way.end()
-        where = f"{question['workload']}, {question['direction']}"
-        self.failures += [f"{where}, {name}: {result.note}" for name, result in results.items() if result.failed]
         print(f"{where}: {len(names)} variants", flush=True)
+
+    def failures(self) -> list[str]:
+        """What of this package was wrong, failed or ended a process, in this call or one before it."""
+        asked = {(workload.name, direction) for workload, direction in questions(self.options)}
+        return [
+            f"{row['workload']}, {row['direction']}, {row['variant']}: {row['note']}"
+            for row in records.read(self.path)
+            if (row["workload"], row["direction"]) in asked
+            and all(row[name] == value for name, value in self.here.items())
+            and row["note"].startswith(FAULTS) and backend_of(row["variant"])
+        ]  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,16 +171,17 @@ def main(arguments: list[str] | None = None) -> int:
     with untuned() if options.untuned else nullcontext():
         bench = Bench(options, partial)
         finished = bench.measure()
+        failures = bench.failures()
     if partial != path and partial.exists():
         partial.replace(path)
     rows = records.read(path)
     print(table(rows) if rows else "nothing was measured")
-    for failure in bench.failures:
+    for failure in failures:
         print(f"not timed: {failure}")
     if not finished:
         print(f"time is up after {options.seconds:.0f} s; run again with --resume to go on")
         return TIME_IS_UP
-    return 1 if bench.failures else 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -131,6 +131,9 @@ class Tuner:
         """Leave a config or plan out from now on: it is wrong, or it ended a process."""
         self.add("refused", step | {"reason": reason})
 
+    def watch(self, step: dict[str, Any]) -> None:
+        self.under_way.begin(", ".join(map(str, step.values())), step, self.longest)
+
     def refused(self, step: dict[str, Any]) -> bool:
         return any(step.items() <= entry.items() for entry in self.entries["refused"])
 
@@ -181,7 +184,7 @@ class Tuner:
         for name, setting in settings.items():
             if self.refused(named[name]):
                 continue
-            self.under_way.begin(named[name], self.longest)
+            self.watch(named[name])
             bound = [under(setting, call) for call in calls]
             try:
                 verdict = self.gate(workload, backward)(bound[0]())
@@ -194,7 +197,7 @@ class Tuner:
                 if not alive(self.device):
                     raise
                 print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
-        taken = in_turns(runners, self.rounds, lambda name: self.under_way.begin(named[name], self.longest))
+        taken = in_turns(runners, self.rounds, lambda name: self.watch(named[name]))
         self.under_way.end()
         medians = {name: quantile(seconds, 0.5) for name, seconds in taken.items()}
         best = min(medians, key=medians.__getitem__, default=None)

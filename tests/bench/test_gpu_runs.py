@@ -76,7 +76,7 @@ from bench.files import UnderWay
 under_way = UnderWay(Path(sys.argv[1]))
 if under_way.blamed():
     raise SystemExit("the step is left out" if under_way.read() else 0)
-under_way.begin({"variant": "bad"}, LIMIT)
+under_way.begin("bad", {"variant": "b"}, LIMIT)
 FAULT
 """
 
@@ -84,8 +84,8 @@ FAULT
 @pytest.mark.parametrize(
     ("fault", "limit", "reason"),
     [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", 60, "the process ended with SIGSEGV"),
-        ("raise RuntimeError('CUDA error')", 60, "the process ended with status 1"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 60, "ended: SIGSEGV"),
+        ("raise RuntimeError('CUDA error')", 60, "ended: status 1"),
         ("time.sleep(600)", 0.5, "hung: no end within"),
     ],
 )
@@ -123,15 +123,15 @@ def test_a_lost_device_ends_the_process_and_another_goes_on(calls, tmp_path):
 def test_what_is_under_way_is_overdue_blamed_and_forgotten(tmp_path):
     under_way = UnderWay(tmp_path / "step.json")
     assert not under_way.blame("nothing was under way")
-    under_way.begin({"variant": "a"}, 3600)
+    under_way.begin("a", {"variant": "a"}, 3600)
     assert not under_way.overdue()
-    under_way.begin({"variant": "a"}, -1)
+    under_way.begin("a", {"variant": "a"}, -1)
     assert under_way.overdue()
     assert under_way.blame("hung")
     assert not under_way.overdue(), "it is blamed once"
     assert UnderWay(tmp_path / "step.json").blamed() == ({"variant": "a"}, "hung")
     assert under_way.blamed() is None
-    UnderWay().begin({"variant": "a"}, 1)
+    UnderWay().begin("a", {"variant": "a"}, 1)
 
 
 def test_the_cache_travels_as_one_small_file(tmp_path):

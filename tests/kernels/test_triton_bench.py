@@ -83,7 +83,7 @@ def without_choice(arguments):
 
 def test_a_trial_that_ended_a_process_is_not_tried_again(tmp_path):
     under_way = UnderWay(tmp_path / "step.json")
-    under_way.begin({"kernel": "fc2", "setting": "large"}, 60)
+    under_way.begin("fc2", {"kernel": "fc2", "setting": "large"}, 60)
     under_way.blame("hung: no end within 60 s")
     found = tuner(tmp_path / "table.json", ["fc2"], under_way=under_way)
     assert found.refused({"kernel": "fc2", "setting": "large"})
@@ -113,7 +113,7 @@ def test_each_kernel_is_compiled_by_one_process_alone():
         stand_in = tune.compiling(run, share, 3)
         for kernel, arguments, settings in launches:
             stand_in(kernel, *arguments, grid=(1,), warmup=False, **settings)
-    everything = sum(compiled.values(), [])
+    everything = [launch for found in compiled.values() for launch in found]
     assert sorted(everything) == sorted((n, s, w) for n in ("fc1", "fc2") for s in (577, 32, 1) for w in (4, 8))
 
 

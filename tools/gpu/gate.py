@@ -53,7 +53,7 @@ class Worker:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.under_way.begin({"test": nodeid}, self.longest)
+        self.under_way.begin(nodeid, {"test": nodeid}, self.longest)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: Any) -> Iterator[None]:
@@ -95,8 +95,9 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed or (report.when == "call" and report.passed) or report.skipped:
-            message = str(report.longrepr or "").strip().splitlines()[-1:] if not report.passed else []
-            self.write(report.nodeid, report.outcome, " ".join(message)[:300], dict(report.user_properties))
+            crash = getattr(report.longrepr, "reprcrash", None)
+            lines = str(crash.message if crash else report.longrepr or "").strip().splitlines()
+            self.write(report.nodeid, report.outcome, lines[0][:300] if lines else "", dict(report.user_properties))
 
     def write(self, test: str, outcome: str, message: str, of: dict[str, str]) -> None:
         named = next((name for name in BACKENDS if name in test.partition("[")[2].rstrip("]").split("-")), "")

@@ -146,10 +146,10 @@ class Runner:
                     return "unfinished", f"stopped after {seconds:.0f} s: {last}"
                 if code in STATUS:
                     return STATUS[code], last
-                if not under_way.blame(reason or f"the process ended with {_name(code)}") and code != RESTART:
+                if not under_way.blame(reason or f"ended: {_name(code)}") and code != RESTART:
                     return "failed", last
                 found = under_way.read()
-                blamed = f"(without {found['step']}: {found['ended']})" if found else blamed
+                blamed = f"(without {found['name']}: {found['ended']})" if found else blamed
             return "unfinished", f"no time left after {blamed}"
 
     def once(self, section: Section, scratch: Path, under_way: files.UnderWay, seconds: float) -> tuple[int, str, str]:
@@ -183,13 +183,13 @@ class Runner:
         0 if all are done or skipped, 75 if some are not, 1 if one failed.
         """
         end = time.monotonic() + limit if limit else float("inf")
-        states = self.results.states()
-        outcomes = []
+        states, outcomes = self.results.states(), []
+        packed = sum(1 for _ in triton_cache().glob("*"))
         for section in in_order(sections, states, again):
             state = states.get(section.name, {})
             attempts = int(state.get("attempts", 0)) + 1
             seconds = min(section.limit * max(1.0, self.small), end - time.monotonic())
-            if seconds <= 2 * MARGIN and not section.always:
+            if seconds < min(section.limit, 2 * MARGIN) and not section.always:
                 print(f"{section.name}: no time left", flush=True)
                 outcomes.append("unfinished")
                 continue
@@ -198,8 +198,10 @@ class Runner:
             self.results.write(section.name, "begun", attempts, 0, seconds)
             status, last = self.run(section, seconds)
             taken = time.monotonic() - begin
-            if not section.fresh:
+            kernels = sum(1 for _ in triton_cache().glob("*"))
+            if kernels != packed:
                 pack_cache(self.results.folder / "triton-cache.zip", triton_cache())
+                packed = kernels
             self.results.write(section.name, status, attempts, taken, seconds, last)
             print(f"{section.name}: {status} after {taken:.0f} s: {last}", flush=True)
             outcomes.append(status)

@@ -135,10 +135,10 @@ SECTIONS = (
         "--suite images-8 --operation crop_resize", "--variants eager,native,triton",
     ),
     _bench(
-        "gemm", "c", 30, "fc1 and fc2 with epilogues against plain products", "--suite images-8 --operation gemm",
+        "gemm", "c", 40, "fc1 and fc2 with epilogues against plain products", "--suite images-8 --operation gemm",
     ),
     _bench(
-        "tower", "c", 170, "the vision tower's forward pass and a training step",
+        "tower", "c", 160, "the vision tower's forward pass and a training step",
         "--suite fila-llama3-8b --operation tower", "--suite tiny --variants fusion_native --directions forward",
     ),
     *(_check(tool) for tool in ("memcheck", "racecheck", "initcheck")),
