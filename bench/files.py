@@ -1,4 +1,4 @@
-"""Writes files so that whoever reads one, also after a kill, finds the old contents or the new and never a part."""
+"""Files that outlive a kill: a reader finds the old contents or the new, never a part; and what was under way."""
 
 import json
 import os
@@ -6,6 +6,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+TIME_IS_UP = 75  # EX_TEMPFAIL, the exit status of a command that another call goes on with
+LONGEST = 120.0  # seconds that a step may take, compilation included; more counts as hung
 
 
 def replace(path: Path, contents: str | bytes) -> None:

@@ -19,16 +19,14 @@ from unittest import mock
 import torch
 
 from bench import engine, records
-from bench.files import UnderWay
+from bench.files import LONGEST, TIME_IS_UP, UnderWay
 from bench.report import BASES, table
 from bench.variants import backend_of
 from fila_kernels import tuned
 
 # Each has SUITES, default_suite, DIRECTIONS, variants and comparison; the tower's imports transformers.
 OPERATIONS = {"cvfm": "bench_cvfm", "crop_resize": "bench_crop_resize", "gemm": "bench_gemm", "tower": "tower"}
-TIME_IS_UP = 75  # EX_TEMPFAIL: run again to go on
 FAULTS = ("red: ", "failed: ", "hung: ", "ended: ")  # how a note begins that says more than that something is lacking
-LONGEST = 120.0  # seconds that one variant may take on one workload, compilation included; more counts as hung
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

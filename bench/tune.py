@@ -31,8 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import files
 from bench.engine import GraphRunner, Runner, Step, alive, in_turns, num_sets, quantile
-from bench.files import UnderWay
-from bench.run import LONGEST, TIME_IS_UP
+from bench.files import LONGEST, TIME_IS_UP, UnderWay
 from bench.verify import Gate, cvfm_gate, step
 from bench.workloads import DTYPES, SUITES, Workload
 from fila_kernels import cvfm, planner, tuned

@@ -32,6 +32,8 @@ ENVIRONMENT_VARIABLE = "FILA_KERNELS_BACKEND"
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 _TRITON_CAPABILITY = (8, 0)
+# The tiles that a compute capability falls back to, by its first number; "" for those with tiles of their own.
+_TRITON_PATHS = {8: "", 9: "", 10: "", 11: "10.0"}
 
 Widths = tuple[int, int]  # of tokens and hidden activation
 
@@ -107,7 +109,11 @@ def _triton_available(device: torch.device | None, dtype: torch.dtype | None) ->
     capability = torch.cuda.get_device_capability(device.index)
     if capability < _TRITON_CAPABILITY:
         return False, f"it needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
-    return True, "fused Triton kernels: NVIDIA GPUs of compute capability 8.0 and above"
+    reason = "fused Triton kernels: NVIDIA GPUs of compute capability 8.0 and above"
+    path = _TRITON_PATHS.get(capability[0], "8.x")
+    if path:
+        reason += f"; {capability[0]}.{capability[1]} has no tiles of its own and falls back to those of {path}"
+    return True, reason
 
 
 def _native_available(device: torch.device | None, dtype: torch.dtype | None) -> tuple[bool, str]:
