@@ -9,7 +9,8 @@ A table has the schema's number, the device's name, measured plans and measured 
                   "config": {"block_m": 128, ...}}]}
 
 An entry stands for every problem whose sizes are all within a factor of two of its own; the nearest entry is taken.
-Plans and configs are plain values here; the backend interprets a config.
+Plans and configs are plain values here; the backend interprets a config. What the tuner found wrong it lists under
+`refused`, for itself alone.
 """
 
 import json

@@ -176,6 +176,7 @@ def test_the_runs_fit_into_nine_minutes_each_and_their_commands_exist(tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git names the files that travel")
 def test_the_short_rehearsal(tmp_path):
     """Run a on machines that are taken away, with a fault of every kind; `make gpu ARGS=--rehearse` is the long one."""
     command = [sys.executable, "-m", "tools.gpu", "--rehearse", "--short", "--out", str(tmp_path / "gpu")]

@@ -7,6 +7,7 @@ import torch
 
 from fila_kernels import crop_resize, cvfm, dispatch, explain, info, planner
 from fila_kernels.backends.native import library
+from fila_kernels.backends.triton import configs
 from fila_kernels.call import Shape
 from fila_kernels.testing import Case
 
@@ -91,6 +92,18 @@ def test_candidates_are_in_the_order_in_which_they_are_tried(monkeypatch):
             names, reasons = dispatch.candidates(device, dtype)
             assert name == names[0]
             assert reasons[name] in why
+
+
+def test_a_gpu_without_tiles_of_its_own_says_whose_it_falls_back_to(monkeypatch):
+    for capability, path in (((12, 0), "8.x"), ((12, 1), "8.x"), ((11, 0), "10.0"), ((13, 0), "8.x")):
+        on_gpu(monkeypatch, capability)
+        told = f"{capability[0]}.{capability[1]} has no tiles of its own and falls back to those of {path}"
+        assert dispatch.backend_report()["triton"]["reason"].endswith(told), "python -m fila_kernels.info prints it"
+        limits = configs.Device("a GPU", capability, 100, 101_376)
+        assert limits.copies_tiles == (path == "10.0")
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3)):
+        on_gpu(monkeypatch, capability)
+        assert "falls back" not in str(dispatch.backend_report()["triton"]["reason"])
 
 
 def test_who_may_use_triton(monkeypatch):
