@@ -100,7 +100,7 @@ def in_turns(runners: dict[Any, Runner], rounds: int, watch: Watch = nobody) -> 
     """Seconds per call of every runner in every round; one more round comes first and does not count."""
     order = list(runners)
     seconds: dict[Any, list[float]] = {name: [] for name in runners}
-    for _ in range(rounds + 1):
+    for _ in range(rounds + 1 if runners else 0):
         order.append(order.pop(0))
         for name in order:
             watch(name)

@@ -22,6 +22,10 @@ def test_turns_rotate_and_the_first_round_does_not_count():
     assert {name: len(taken) for name, taken in seconds.items()} == {"a": 1, "b": 1, "c": 1}
 
 
+def test_where_all_are_left_out_nothing_is_timed():
+    assert engine.in_turns({}, 3) == {}
+
+
 def comparison(**results: float) -> Comparison:
     """Contestants that return numbers of which 0 is right; those named `ours...` are this package's."""
 
