@@ -95,6 +95,7 @@ def test_candidates_are_in_the_order_in_which_they_are_tried(monkeypatch):
 
 
 def test_a_gpu_without_tiles_of_its_own_says_whose_it_falls_back_to(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for capability, path in (((12, 0), "8.x"), ((12, 1), "8.x"), ((11, 0), "10.0"), ((13, 0), "8.x")):
         on_gpu(monkeypatch, capability)
         told = f"{capability[0]}.{capability[1]} has no tiles of its own and falls back to those of {path}"
