@@ -50,6 +50,7 @@ def comparison(workload: Workload, direction: str, device: torch.device, names: 
     boxes, image_index = baselines.rounded(sets[0]["boxes"]), sets[0]["image_index"]
     edges, images, size = boxes.int().tolist(), image_index.tolist(), workload.grid
     maps = [inputs["features"] for inputs in sets]
+    torch.manual_seed(0)  # the same gradients in every process, whatever it measured before
     grads = [torch.randn(workload.tiles, size, size, workload.channels, device=device).to(m.dtype) for m in maps]
 
     captured = [name + GRAPH for name in BACKENDS]

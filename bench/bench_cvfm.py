@@ -34,6 +34,7 @@ def comparison(workload: Workload, direction: str, device: torch.device, names: 
     if any(name.startswith("compile") for name in names):
         forget_compiled(workload)
     sets = [workload.inputs(seed, device) for seed in range(engine.num_sets(workload.input_bytes(), device))]
+    torch.manual_seed(0)  # the same gradients in every process, whatever it measured before
     grads = [torch.randn_like(inputs["tokens"]) if direction != "forward" else None for inputs in sets]
     contestants = [_contestant(REGISTRY[name], workload, sets, grads) for name in names]
 
