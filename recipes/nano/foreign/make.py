@@ -25,7 +25,7 @@ from recipes.nano.pages.sample import NANO_GEOMETRY
 SEED = 20261125
 TILE = 96
 GEOMETRY = replace(
-    NANO_GEOMETRY, tile=TILE, canvases=[(y * TILE // 64, x * TILE // 64) for y, x in NANO_GEOMETRY.canvases]
+    NANO_GEOMETRY, tile=TILE, canvases=tuple((y * TILE // 64, x * TILE // 64) for y, x in NANO_GEOMETRY.canvases)
 )
 SIZES = (
     (480, 480),
