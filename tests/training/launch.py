@@ -10,9 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fila.training import files
 from fila.training.recipe import Recipe, check, make
 
 LIMIT = 240  # seconds
+
+
+def log_of(recipe: Recipe) -> list[dict[str, Any]]:
+    """The rows that a run has logged."""
+    return files.read_log(Path(recipe.run.folder) / "log.jsonl")
 
 
 def recipe_of(folder: Path, corpus: Path, checkpoint: Path, **changes: Any) -> Recipe:

@@ -3,8 +3,7 @@
 import pytest
 
 from tests.training.corpora import write_llava
-from tests.training.launch import launch, recipe_of
-from tests.training.test_train import log_of
+from tests.training.launch import launch, log_of, recipe_of
 
 CORPORA = {"images": 0, "mixed": 2, "text": 1}
 TOLERANCE = 2e-5  # sums of gradients in another order, after four steps of Adam

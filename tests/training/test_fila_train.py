@@ -14,7 +14,7 @@ from fila.training import files
 from fila.training.build import build_model, modules_at_rest
 from fila.training.data.packing import Lane
 from tests.training.corpora import write_llava
-from tests.training.launch import kill_at, launch, recipe_of
+from tests.training.launch import kill_at, launch, log_of, recipe_of
 
 STEPS = 6
 
@@ -25,10 +25,6 @@ def make_recipe(tmp_path_factory, llava, checkpoint):
         return recipe_of(tmp_path_factory.mktemp("runs") / name, llava, checkpoint, run_steps=STEPS, **changes)
 
     return make
-
-
-def log_of(recipe):
-    return files.read_log(Path(recipe.run.folder) / "log.jsonl")
 
 
 def curve(recipe):
