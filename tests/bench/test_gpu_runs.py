@@ -1,8 +1,6 @@
-"""`make gpu`: sections end for themselves, go on where a call stopped, leave out what crashed or hung, and rehearse."""
+"""`make gpu`: sections end for themselves, go on where a call stopped, and leave out what crashed or hung."""
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -173,13 +171,3 @@ def test_the_runs_fit_into_nine_minutes_each_and_their_commands_exist(tmp_path, 
         assert name == "more" or sum(limits.values()) <= gpu.SECONDS
     suites = {s for section in SECTIONS for part in section.command for s in part.split(",") if s in SUITES}
     assert suites == set(SUITES) - {"cpu", "tiny", "rehearsal"}, "every suite of real shapes has its section"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git names the files that travel")
-def test_the_short_rehearsal(tmp_path):
-    """Run a on machines that are taken away, with a fault of every kind; `make gpu ARGS=--rehearse` is the long one."""
-    command = [sys.executable, "-m", "tools.gpu", "--rehearse", "--short", "--out", str(tmp_path / "gpu")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "rows equal" in done.stdout
