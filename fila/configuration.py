@@ -5,6 +5,7 @@ presets are the paper's model and `fila-nano`, the small model that is trained h
 """
 
 import math
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -276,10 +277,10 @@ class FilaConfig(OwnedFields):
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """Saves `config.json` and the file that `auto_map` names, which imports the package `fila`."""
         os.makedirs(save_directory, exist_ok=True)
-        names = ", ".join(dict.fromkeys(AUTO_CLASSES.values()))
+        names = sorted(set(AUTO_CLASSES.values()))
         Path(save_directory, AUTO_FILE).write_text(
-            f'"""Names the classes of the installed package `fila` for transformers; no code of its own."""\n\n'
-            f"from fila import {names}\n"
+            '"""Names the classes of the installed package `fila` for transformers; no code of its own."""\n\n'
+            f"from fila import {', '.join(names)}\n\n__all__ = {json.dumps(names)}\n"
         )
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
