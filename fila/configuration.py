@@ -4,8 +4,8 @@ Every question that the paper leaves open is a field here; `docs/model.md` lists
 presets are the paper's model and `fila-nano`, the small model that is trained here and shipped.
 """
 
-import math
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
