@@ -164,7 +164,7 @@ def fc2_fwd(acc, row, i_m, i_col, alpha, extent, args):
 def hidden_grad(acc, row, i_m, i_col, alpha, extent, args):
     """Returns sum dA A by rows, the scale gate's part of alpha's gradient.
 
-    On rows that are not patch tokens dM is zero, and so is what is made of it. Under a closed gate acc may hold
+    On rows that are not patch tokens dM is zero, and so is what is made of it. Under a closed gate acc and Z may hold
     anything, and none of it is used.
     """
     column = i_col + tl.arange(0, acc.shape[1])
@@ -178,12 +178,13 @@ def hidden_grad(acc, row, i_m, i_col, alpha, extent, args):
     if args.p_activated is not None:
         tl.store(args.p_activated + offsets, activated.to(args.p_activated.dtype.element_ty), mask=written)
     factor = alpha if args.PRODUCT else precise_tanh(alpha)
-    if factor == 0.0:
-        acc = tl.zeros(acc.shape, dtype=tl.float32)
     dot = tl.sum(acc * activated, 1)
     grad = acc * slope
     if not args.PRODUCT:
         grad *= factor
+    if factor == 0.0:
+        dot = tl.zeros((acc.shape[0],), dtype=tl.float32)
+        grad = tl.zeros(acc.shape, dtype=tl.float32)
     if args.p_bias_sums is not None:
         tl.store(args.p_bias_sums + i_m * extent.num_columns + column, tl.sum(grad, 0), mask=in_columns)
     if args.p_hidden_grad is not None:
