@@ -303,7 +303,7 @@ def _text_config(given: Any) -> PreTrainedConfig:
     return kind(**given)
 
 
-NANO_CANVASES = [[64, 128], [128, 64], [128, 128], [192, 64], [64, 192]]
+NANO_CANVASES = [[96, 192], [192, 96], [192, 192], [288, 96], [96, 288]]
 
 
 def fila_llama3_8b() -> FilaConfig:
@@ -334,9 +334,9 @@ def fila_llama3_8b() -> FilaConfig:
 def fila_nano() -> FilaConfig:
     """Seven million parameters that read and write single characters.
 
-    The tile is 64, the patch 8 (64 tokens per view), and the ConvNeXt's stem has stride 2, so the raster is twice the
-    canvas. A patch then holds one or two characters of a picture with few lines of text, which a small model learns to
-    read. The vocabulary and the special tokens' ids are those of the tokenizer in the shipped checkpoint.
+    The tile is 96, the patch 8 (144 tokens per view), and the ConvNeXt's stem has stride 2, so the raster is twice the
+    canvas. A patch then holds one to three characters of a picture with few lines of text, which a small model learns
+    to read. The vocabulary and the special tokens' ids are those of the tokenizer in the shipped checkpoint.
     """
     return FilaConfig(
         vision_config=FilaVisionConfig(
@@ -345,7 +345,7 @@ def fila_nano() -> FilaConfig:
                 intermediate_size=768,
                 num_hidden_layers=6,
                 num_attention_heads=6,
-                image_size=64,
+                image_size=96,
                 patch_size=8,
                 hidden_act="gelu",
             ),
@@ -362,7 +362,7 @@ def fila_nano() -> FilaConfig:
             # The product form bounds what a fusion can add to 1 and saturated within 200 steps; see docs/log.md.
             fusion_gate="scale",
             image_grid_pinpoints=NANO_CANVASES,
-            high_res_size=128,
+            high_res_size=192,
         ),
         text_config=dict(
             model_type="llama",
@@ -373,7 +373,7 @@ def fila_nano() -> FilaConfig:
             num_attention_heads=4,
             num_key_value_heads=4,
             initializer_range=0.05,
-            max_position_embeddings=1024,
+            max_position_embeddings=2048,  # three tiles and some twenty questions
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
@@ -390,7 +390,7 @@ def preset(name: str) -> FilaConfig:
     """The configuration of that name.
 
     >>> preset("fila-nano").vision_config.geometry().grid
-    8
+    12
     """
     if name not in PRESETS:
         raise ValueError(f"expected a preset out of {', '.join(PRESETS)}, got {name!r}")

@@ -59,7 +59,7 @@ class FilaProcessor(LlavaNextProcessor):
         >>> processor = FilaProcessor.from_pretrained("fila/pretrained/fila-nano")
         >>> inputs = processor(images=Image.new("RGB", (64, 128)), text="<image>What?", return_tensors="pt")
         >>> inputs["input_ids"].shape, inputs["pixel_values"].shape
-        (torch.Size([1, 213]), torch.Size([1, 3, 3, 64, 64]))
+        (torch.Size([1, 461]), torch.Size([1, 3, 3, 96, 96]))
     """
 
     valid_processor_kwargs = FilaProcessorKwargs

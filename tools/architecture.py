@@ -74,6 +74,8 @@ def find_modules(root: Path = ROOT) -> dict[str, Path]:
     found = {}
     for package in (name for row in PACKAGES for name in row):
         for path in sorted((root / package).rglob("*.py")):
+            if "pretrained" in path.parts:  # a checkpoint is data; its file names the package for transformers
+                continue
             parts = path.relative_to(root).with_suffix("").parts
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             if parts[-1] != "__init__" or has_code(path):

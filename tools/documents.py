@@ -99,10 +99,13 @@ def kinds() -> str:
 
 
 def training() -> str:
-    """Each stage's steps and its losses, first and last, from the logs."""
+    """Each stage's steps and its losses, first and last, from the logs of the stages that ran."""
     rows = []
     for stage in ("text", "vision", "align", "tune"):
-        with (RECORD / f"{stage}.csv").open(newline="") as file:
+        log = RECORD / f"{stage}.csv"
+        if not log.exists():
+            continue
+        with log.open(newline="") as file:
             first, *_, last = csv.DictReader(file)
         losses = [f"{part} {first[part]} to {last[part]}" for part in list(first)[1 : list(first).index("norm")]]
         rows.append([f"`{stage}`", last["step"], ", ".join(losses)])

@@ -2,9 +2,10 @@
 
     python -m recipes.nano.checkpoint --run runs/nano --out fila/pretrained/fila-nano
 
-Writes bf16 safetensors with configuration, processor and tokenizer; the training heads are dropped. The logs of the
-stages go into `training/` there. Refused in one line, with exit code 1: a damaged checkpoint, other weights than the
-preset's, weights that are not finite, and a run whose gates all ended closed (its ConvNeXt was never used).
+Writes bf16 safetensors with configuration, processor and tokenizer. The logs of the stages go into `training/` there,
+and what only training needs, so that another run may begin with the folder (`train --init`). Refused in one line, with
+exit code 1: a damaged checkpoint, other weights than the preset's, weights that are not finite, and a run whose gates
+all ended closed (its ConvNeXt was never used).
 
     python -m recipes.nano.checkpoint --run runs/nano --stage vision --weights stage0.safetensors
 
@@ -25,7 +26,7 @@ from recipes.nano.pages.sheet import CAPS
 from recipes.nano.run_folder import RunError, check_weights, not_finite, read
 from recipes.nano.stages import STAGES
 from recipes.nano.tokenizer import build_character_tokenizer
-from recipes.nano.train import PREDECESSORS, TILE, build
+from recipes.nano.train import HELPERS, PREDECESSORS, TILE, build
 
 LEAST_GATE = 0.05
 
@@ -88,6 +89,9 @@ def export(args: argparse.Namespace) -> None:
         if log.exists():
             shutil.copy(log, record / log.name)
     size = sum(f.stat().st_size for f in args.out.glob("*.safetensors")) / 1e6
+    known = set(dict(model.named_parameters()))
+    helpers = {n: v.to(torch.bfloat16).contiguous() for n, v in saved["average"].items() if n not in known}
+    save_file(helpers, record / HELPERS.name)
     print(f"step {saved['step']} of {args.stage}; gates {[round(g, 3) for g in gates]}; {size:.1f} MB at {args.out}")
 
 

@@ -33,7 +33,7 @@ HEADS = {
     "read_first": Head(2, 0, 0.5),
     "read_next": Head(2, 0, 1.0),
     "left": Head(1, 1, 0.5),
-    "up": Head(1, 2, 0.5),
+    "up": Head(1, 2, 1.5),
     "find": Head(1, 3, 0.5),
 }
 Guides = dict[

@@ -54,7 +54,8 @@ from recipes.nano.tokenizer import build_character_tokenizer
 PREDECESSORS = {"text": (), "vision": ("text",), "align": ("text", "vision"), "tune": ("text", "vision", "align")}
 SEEDS = {"vision": 0, "text": 10_000_000, "align": 200_000_000, "tune": 300_000_000}  # no page is met in two stages
 MOST_SEED = 2**63  # torch's generators take no more
-TILE = 96  # canvas pixels; the preset's 64 holds ten lines a page
+TILE = 96  # canvas pixels, the preset's; 64 held ten lines a page
+HELPERS = Path("training/helpers.safetensors")  # in a checkpoint's folder: heads and grid text
 ALPHA_RATE = 10.0
 WEIGHT_DECAY = 0.02
 CLIP = 1.0
@@ -244,23 +245,20 @@ def begin(trainee: Trainee, name: str, folder: Path, init: Path | None) -> dict[
 def begin_with(trainee: Trainee, folder: Path) -> Iterable[str]:
     """Loads averaged weights, of one stage (`<stage>.pt`) or of all (`.safetensors`), or a checkpoint folder's.
 
-    Returns their names. A checkpoint folder of another tile size gets its ViT positions interpolated.
+    Returns their names. A checkpoint folder of another tile size gets its ViT positions interpolated; one of the same
+    size may hold what only training needs (`HELPERS`).
     """
     if folder.suffix == ".pt":
         learned, known = read(folder)["average"], dict(trainee.named_parameters())
         check_weights(learned, {name: known[name] for name in learned if name in known}, folder)
         trainee.load_state_dict(learned, strict=False)
         return learned
-    try:
-        weights = load_file(folder if folder.suffix == ".safetensors" else folder / "model.safetensors")
-    except SafetensorError as error:
-        raise RunError(f"{folder}: its weights are damaged ({error})") from error
-    weights = {name: weight.float() for name, weight in weights.items()}
     if folder.suffix == ".safetensors":
-        known = dict(trainee.named_parameters())
+        weights, known = read_weights(folder), dict(trainee.named_parameters())
         check_weights(weights, {name: known[name] for name in weights if name in known}, folder)
         trainee.load_state_dict(weights, strict=False)
         return weights
+    weights = read_weights(folder / "model.safetensors")
     known = dict(trainee.export.named_parameters())  # a tied weight is stored once, and is here once
     position = trainee.export.model.vision_tower.vit.embeddings.position_embedding.weight
     name = next(n for n, p in known.items() if p is position)
@@ -271,7 +269,17 @@ def begin_with(trainee: Trainee, folder: Path) -> Iterable[str]:
         weights[name] = torch.cat([weights[name][:1], grid.flatten(2)[0].T])
     check_weights(weights, known, folder)
     trainee.export.load_state_dict(weights, strict=False)
-    return weights
+    if old != new or not (folder / HELPERS).exists():
+        return weights
+    return [*weights, *begin_with(trainee, folder / HELPERS)]
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file in float32."""
+    try:
+        return {name: weight.float() for name, weight in load_file(path).items()}
+    except SafetensorError as error:
+        raise RunError(f"{path}: its weights are damaged ({error})") from error
 
 
 def average_gradients(parameters: Iterable[Tensor], world: int) -> None:

@@ -88,7 +88,7 @@ def test_towers_encode_as_in_the_library_they_came_from(assembled, sources):
     with torch.no_grad():
         clip = CLIPVisionModel.from_pretrained(sources / "vit")(views, output_hidden_states=True).hidden_states
         convnext = ConvNextModel.from_pretrained(sources / "convnext")(raster, output_hidden_states=True).hidden_states
-        maps = tower.convnext(raster)
+        (maps,) = tower.convnext(raster)
         for fusion in tower.fusion:
             assert float(fusion.alpha) == 0  # training starts from the untouched ViT
         geometry = model.config.vision_config.geometry()

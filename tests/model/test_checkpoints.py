@@ -434,7 +434,7 @@ def edit_part(folder: Path, path: str, value) -> None:
         ("vision_config.vit_config.image_size", 10**9 + 7, "."),
         ("vision_config.convnext_config.depths", [2, 2, 10**6, 2], "depths to fit a checkpoint of 270 tensors"),
         ("vision_config.convnext_config.hidden_sizes", [32, 64, 128, 10**8], "expected shape"),
-        ("vision_config.image_grid_pinpoints", [[64 * 10**6, 64]], "a canvas of at most 32768 pixels per side"),
+        ("vision_config.image_grid_pinpoints", [[96 * 10**6, 96]], "a canvas of at most 32768 pixels per side"),
         ("vision_config.high_res_size", 16 * 10**6, "."),
         ("vision_config.fusion_hidden_size", 10**9, r"fusion.0.fc1.weight: expected shape \[1000000000"),
         ("text_config.num_attention_heads", -1, "num_attention_heads as a whole number of at least 1, got -1"),

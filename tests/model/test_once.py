@@ -41,4 +41,4 @@ def test_one_question_reads_lays_out_and_builds_once(counted, checkpoint, tmp_pa
     # The processors share one layout; the model, which receives tensors only, computes its own from the size.
     assert counted["layout"] == counted["layouts built"] == 2
     # The checkpoint's geometry, and the default one: transformers builds a default configuration to compare with.
-    assert {key: times for key, times in counted.items() if isinstance(key, int)} == {64: 1, 336: 1}
+    assert {key: times for key, times in counted.items() if isinstance(key, int)} == {96: 1, 336: 1}

@@ -22,7 +22,7 @@ def test_it_keeps_its_record():
     score = json.loads((RECORD / "score.json").read_text())
     assert score["split"] == "test"
     assert score["intact"]["count"] + score["cut"]["count"] == score["all"]["count"]
-    assert {log.stem for log in RECORD.glob("*.csv")} == {"vision", "text", "align", "tune"}
+    assert {log.stem for log in RECORD.glob("*.csv")} == {"vision", "text", "tune"}
 
 
 def test_the_documents_say_what_the_committed_files_hold(root):

@@ -29,7 +29,7 @@ def run_fila(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 
 def test_the_program_end_to_end(checkpoint, tmp_path):
-    size = (120, 90)
+    size = (120, 100)
     Image.new("RGB", size, "white").save(tmp_path / "a.png")
     done = run_fila(
         "ask", "a.png", QUESTION, "--json", "--model", str(checkpoint), "--backend", "reference",

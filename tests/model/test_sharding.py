@@ -30,17 +30,18 @@ STEPS = [
 
 
 def small() -> FilaConfig:
-    """Nano's tokens in narrow and shallow parts, on tiles of 64 pixels."""
+    """Nano's tokens, tiles and canvases in narrow and shallow parts."""
+    nano = preset("fila-nano").vision_config
     narrow = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     return FilaConfig(
         vision_config=dict(
-            vit_config=dict(**narrow, image_size=64, patch_size=8),
+            vit_config=dict(**narrow, image_size=nano.image_size, patch_size=8),
             convnext_config=dict(hidden_sizes=[8, 16], depths=[2, 1], patch_size=8),
             vision_feature_layer=-1,
-            image_grid_pinpoints=[[64, 128], [128, 64], [128, 128], [192, 64], [64, 192]],
-            high_res_size=128,
+            image_grid_pinpoints=nano.image_grid_pinpoints,
+            high_res_size=nano.high_res_size,
         ),
-        text_config=dict(**narrow, vocab_size=102, max_position_embeddings=1024),
+        text_config=dict(**narrow, vocab_size=102, max_position_embeddings=2048),
         image_token_index=4,
     )
 

@@ -51,7 +51,7 @@ def test_gates_are_measured():
     before, after = (x[:, 1:].double() for x in seen[0])
     assert gates[2].strength == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-5)
     last = (after - before)[-1, -1].norm() / before[-1, -1].norm()
-    assert gates[2].token_strength.shape == (GEOMETRY.layout(90, 120).num_views, 8, 8)
+    assert gates[2].token_strength.shape == (GEOMETRY.layout(90, 120).num_views, GEOMETRY.grid, GEOMETRY.grid)
     assert gates[2].token_strength[-1, -1, -1] == pytest.approx(float(last), rel=1e-5)
     encode(made, picture)
     assert len(gates) == 4, "the watcher stayed behind"

@@ -257,6 +257,7 @@ def test_all_stages_export_and_evaluation(tmp_path, monkeypatch, capsys):
     weights = tmp_path / "stage0.safetensors"
     assert checkpoint.main(["--run", str(out), "--stage", "vision", "--weights", str(weights)]) == 0
     stage("tune", tmp_path / "again", "--init", str(weights))
+    assert any(name.startswith("grid_text") for name in train.begin_with(train.build("fila-nano", tile=64)[0], model))
     report = tmp_path / "score.json"
     arguments = ["--model", str(model), "--count", "3", "--batch", "2", "--builtin-font", "--out", str(report)]
     assert evaluate.main(arguments) == 0

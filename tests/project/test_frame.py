@@ -261,9 +261,7 @@ def source_copy(tmp_path_factory) -> Path:
 
 def test_source_distribution_holds_what_the_repository_holds(source_copy):
     """Nothing less, since `make demo`, `make test` and `make lint` have to work in it; and no build."""
-    # Weights that another training may begin with are the repository's alone: 14 MB that no command reads by itself.
-    wanted = {name for name in files_of(ROOT) if not str(name).startswith("recipes/nano/checkpoints/")}
-    missing = wanted - files_of(source_copy)
+    missing = files_of(ROOT) - files_of(source_copy)
     assert not missing, f"missing in the source distribution: {sorted(missing)}"
     for name in ("examples/receipt.png", "recipes/nano/pages/fonts.json", ".ci/run", "docs/index.md"):
         assert (source_copy / name).is_file()
