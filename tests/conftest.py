@@ -1,5 +1,6 @@
 """Gives every test a fixed seed, no network, and no more threads than the machine has cores."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -10,6 +11,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import settings
+
+if torch.version.cuda is None and importlib.util.find_spec("torchvision"):
+    # timm wants torchvision, and the registry's looks for operators that only its CUDA library would bring.
+    _torchvision = torch.library.Library("torchvision", "FRAGMENT")
+    for _operator in ("nms", "qnms"):
+        _torchvision.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("project")
