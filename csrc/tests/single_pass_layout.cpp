@@ -11,7 +11,7 @@ namespace {
 using namespace fila;
 using namespace fila::testing;
 
-using Single = SinglePassKernel<Element::kBFloat16>;
+using Single = SinglePassKernel<Element::kBFloat16, ScalarOf<Element::kBFloat16>>;
 
 template <class Layout>
 void test_tiles(int rows) {

@@ -37,7 +37,7 @@ SHARES = {"cards": 0.4, "dense": 0.2, "documents": 0.4}
 
 
 def nano_pages(render: bool = True) -> Pages:
-    geometry = preset("fila-nano").vision_config.geometry()
+    geometry = train.with_tile(preset("fila-nano"), 64).vision_config.geometry()
     return Pages(
         FilaImageProcessor.from_geometry(geometry),
         build_character_tokenizer(),
