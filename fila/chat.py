@@ -12,6 +12,8 @@ from typing import Any
 # The parts of a chat message that a FILA can answer to, and the keys under which a picture may stand.
 PARTS = ("text", "image", "image_url")
 PICTURE_KEYS = ("image", "url", "path", "base64")
+# What a message may say beside its content.
+ALSO_SAID = ("tool_calls", "function_call", "audio")
 
 # Goes before a template: gives it messages whose content is WANTED, made of `joined.text`, where CHOSEN. That is the
 # message's text with a placeholder and a line break for each picture in front, as LLaVA-NeXT writes them.
@@ -52,9 +54,25 @@ def fit(template: str, conversations: Sequence[Any], image_token: str, render: C
         render: `render(conversations, template)`, the prompts.
 
     Raises:
-        ValueError: the template leaves out some text or picture that it would take in another conversation.
+        ValueError: the template leaves out some text or picture that it would take in another conversation, or what a
+            message says under one of ALSO_SAID.
     """
     probes = [_probe(conversation, i) for i, conversation in enumerate(conversations)]
+    fitting = _fit(template, probes, image_token, render)
+    for probe in probes:
+        for i, message in enumerate(probe):
+            for key in ALSO_SAID:
+                if not message.get(key):
+                    continue
+                without = [*probe[:i], {**message, key: None}, *probe[i + 1 :]]
+                if render([probe], fitting) == render([without], fitting):
+                    raise ValueError(
+                        f"expected messages that the chat template can say, got {key!r}, which it leaves out"
+                    )
+    return fitting
+
+
+def _fit(template: str, probes: list[list[Any]], image_token: str, render: Callable[[Any, str], list[str]]) -> str:
     quoted = image_token.replace("\\", "\\\\").replace("'", "\\'")
     conversions = [
         CONVERT.replace("CHOSEN", chosen).replace("WANTED", wanted).replace("PLACEHOLDER", quoted)

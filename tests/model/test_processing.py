@@ -274,6 +274,19 @@ def test_a_template_that_must_lose_something_is_refused(processor: FilaProcessor
         processor.apply_chat_template(chat, chat_template=template)
 
 
+def test_a_tool_s_call_that_a_template_cannot_say_is_refused(processor: FilaProcessor) -> None:
+    call = {"role": "assistant", "content": "Yes", "tool_calls": [{"function": {"name": "sum"}}]}
+    chat = [{"role": "user", "content": "Hi"}, call]
+    with pytest.raises(ValueError, match="got 'tool_calls', which it leaves out"):
+        processor.apply_chat_template(chat)
+    assert "Yes" in processor.apply_chat_template([chat[0], {**call, "tool_calls": None}])
+    template = (
+        "{% for m in messages %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{% endfor %}"
+    )
+    assert processor.apply_chat_template(chat, chat_template=template) == "HiYessum"
+
+
 def test_a_template_s_own_error_stays(processor: FilaProcessor) -> None:
     template = "{{ raise_exception('Roles must alternate') }}"
     with pytest.raises(TemplateError, match="Roles must alternate"):
